@@ -1,0 +1,95 @@
+"""Configs are dataclasses; overrides are dotted; an unknown key is an error that names the nearest one."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+import yaml
+
+from mm.common.errors import UserError
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses, dicts, lists and plain values as JSON would have them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    return [to_dict(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def from_dict(cls: type, data: dict, *, where: str = "config") -> Any:
+    """Build dataclass `cls` strictly: every key must be a field, nested dataclasses are built too."""
+    hints, names = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls)]
+    kwargs = {}
+    for key, value in data.items():
+        if key not in names:
+            raise UserError(f"{where}: {key!r} is not known{nearest(key, names)}")
+        kwargs[key] = _build(hints[key], value, f"{where}.{key}")
+    return cls(**kwargs)
+
+
+def _build(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value, where=where)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return value
+
+
+def nearest(key: str, names: typing.Iterable[str]) -> str:
+    names = list(names)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"
+
+
+def override(config: Any, settings: list[str]) -> Any:
+    """A copy of dataclass `config` with each 'dotted.key=value' applied (values are read as YAML).
+
+    Raises UserError for an unknown key (naming the nearest), a missing '=' or a value of the wrong type.
+    """
+    for setting in settings:
+        key, eq, text = setting.partition("=")
+        if not eq:
+            raise UserError(f"--set {setting}: write it as key=value, e.g. --set optim.lr=1e-4")
+        config = _set(config, key.strip().split("."), yaml.safe_load(text), setting)
+    return config
+
+
+def _set(config: Any, path: list[str], value: Any, setting: str) -> Any:
+    head, rest = path[0], path[1:]
+    if isinstance(config, dict):
+        if head not in config:
+            raise UserError(f"--set {setting}: {head!r} is not known{nearest(head, config)}")
+        return {**config, head: _set(config[head], rest, value, setting) if rest else value}
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"--set {setting}: there is nothing below {head!r}")
+    names = [f.name for f in dataclasses.fields(config)]
+    if head not in names:
+        raise UserError(f"--set {setting}: {head!r} is not known{nearest(head, names)}")
+    if rest:
+        new = _set(getattr(config, head), rest, value, setting)
+    else:
+        new = _cast(typing.get_type_hints(type(config))[head], value, setting)
+    return dataclasses.replace(config, **{head: new})  # type: ignore[type-var]
+
+
+def _cast(hint: Any, value: Any, setting: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if kind is tuple and isinstance(value, list):
+            return tuple(value)
+        if kind is Any or (isinstance(kind, type) and isinstance(value, kind) and not (
+            kind is int and isinstance(value, bool))):  # fmt: skip
+            return value
+        if kind is typing.Literal and value in typing.get_args(option):
+            return value
+    raise UserError(f"--set {setting}: wanted {hint}, got {value!r}")
