@@ -1,5 +1,7 @@
 """Attention over packed sequences: the one road to SDPA and flash-attention for tower and decoder."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -48,7 +50,7 @@ def varlen_attention(
 def _sdpa(q, k, v, bounds: list[int], *, causal: bool, scale: float | None) -> torch.Tensor:
     """Runs of neighbouring segments of one length become one batched call: no mask, no padding, exact."""
     out, start, i = [], 0, 0
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
     while i < len(lengths):
         j = i
         while j < len(lengths) and lengths[j] == lengths[i]:
