@@ -60,9 +60,9 @@ def _sdpa(q, k, v, bounds: list[int], *, causal: bool, scale: float | None) -> t
         if length == 0:
             continue
         stop = start + n * length
-        part = [x[start:stop].view(n, length, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v)]
+        qs, ks, vs = (x[start:stop].view(n, length, x.shape[1], x.shape[2]).transpose(1, 2) for x in (q, k, v))
         o = F.scaled_dot_product_attention(
-            *part, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )  # [n, heads, length, dim]
         out.append(o.transpose(1, 2).reshape(n * length, q.shape[1], v.shape[2]))
         start = stop
