@@ -74,6 +74,8 @@ class Processor:
     tokens_per_second: int = 2  # temporal positions a second (mRoPE)
 
     def __post_init__(self) -> None:
+        if type(self.video_fps) is int:  # so that 2 and 2.0 have one hash
+            object.__setattr__(self, "video_fps", float(self.video_fps))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:

@@ -58,7 +58,7 @@ def _stream(src: Source) -> BinaryIO:
         file: BinaryIO = io.BytesIO(src)
     else:
         try:
-            file = open(src, "rb")
+            file = open(src, "rb")  # noqa: SIM115 (the caller closes it)
         except (OSError, ValueError) as e:
             raise BadSample("no such file" if isinstance(e, FileNotFoundError) else "file cannot be read") from e
     if not file.read(1):
