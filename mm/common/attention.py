@@ -1,6 +1,8 @@
 """Attention over packed sequences: the one road to SDPA and flash-attention for tower and decoder."""
 
+import functools
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,22 @@ import torch.nn.functional as F
 from mm.common.errors import UserError
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Where the segments of a packed row lie; read from the device once per forward, not once per layer."""
+
+    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    lengths: list[int]  # of the S segments
+    longest: int
+
+    @classmethod
+    def of(cls, cu_seqlens: torch.Tensor) -> "Segments":
+        """From int32 [S + 1], 0 = first, N = last, not falling."""
+        lengths = [b - a for a, b in itertools.pairwise(cu_seqlens.tolist())]
+        return cls(cu_seqlens, lengths, max(lengths, default=0))
+
+
+@functools.cache
 def resolve(backend: str) -> str:
     """'auto' -> 'flash' on a GPU with flash-attn installed, else 'sdpa'. Asking for what is not there is an error."""
     if backend not in ("auto", "sdpa", "flash"):
@@ -26,31 +44,31 @@ def resolve(backend: str) -> str:
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | torch.Tensor, *,
     causal: bool, scale: float | None = None, backend: str = "sdpa",
 ) -> torch.Tensor:  # fmt: skip
     """Each segment of a packed row attends to itself alone.
 
     Args:
         q: [N, heads, dim]; k, v: [N, kv_heads, dim] with heads a multiple of kv_heads.
-        cu_seqlens: int32 [S + 1], 0 = first, N = last, not falling.
+        segments: where they lie, or int32 cu_seqlens [S + 1], 0 = first, N = last, not falling.
         scale: softmax scale, dim ** -0.5 by default.
+        backend: auto, sdpa or flash. auto takes flash only for what flash can do (half precision on a GPU).
     Returns: [N, heads, dim] in q's dtype.
     """
-    if backend == "flash":
+    where = segments if isinstance(segments, Segments) else Segments.of(segments)
+    flash = resolve(backend) == "flash"
+    if flash and (backend == "flash" or (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16))):
         from flash_attn import flash_attn_varlen_func
 
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        return flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=causal
-        )
-    return _sdpa(q, k, v, cu_seqlens.tolist(), causal=causal, scale=scale)
+        cu, longest = where.cu_seqlens, where.longest
+        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=causal)
+    return _sdpa(q, k, v, where.lengths, causal=causal, scale=scale)
 
 
-def _sdpa(q, k, v, bounds: list[int], *, causal: bool, scale: float | None) -> torch.Tensor:
+def _sdpa(q, k, v, lengths: list[int], *, causal: bool, scale: float | None) -> torch.Tensor:
     """Runs of neighbouring segments of one length become one batched call: no mask, no padding, exact."""
     out, start, i = [], 0, 0
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
     while i < len(lengths):
         j = i
         while j < len(lengths) and lengths[j] == lengths[i]:
@@ -67,3 +85,18 @@ def _sdpa(q, k, v, bounds: list[int], *, causal: bool, scale: float | None) -> t
         out.append(o.transpose(1, 2).reshape(n * length, q.shape[1], v.shape[2]))
         start = stop
     return torch.cat(out) if out else torch.empty_like(q)
+
+
+def inverse_frequencies(dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """fp32 [dim / 2]: theta ** -(2 i / dim). Made anew each forward: a buffer would be lost by `to_empty`
+    and rounded by `.to(bfloat16)`."""
+    return theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in fp32, dim i paired with i + dim / 2.
+
+    Args: x: [N, heads, dim]; cos, sin: fp32 [N, 1, dim / 2]. Returns: as x, in x's dtype.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,165 @@
+"""SigLIP's other half: the text tower, the attention pool over patches, and the sigmoid loss.
+
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343). Parameter names are
+those of Hugging Face's SiglipModel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mm.common.attention import Segments
+from mm.common.errors import UserError
+from vision.init import siglip
+from vision.vit import MLP, Encoder, VisionConfig, VisionTower, normalise
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Numbers of a text tower; `projection_size` must equal the vision tower's hidden size."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    projection_size: int
+    max_positions: int = 64
+    layer_norm_eps: float = 1e-6
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+class TextTower(nn.Module):
+    """Not causal; the last token of each text is its summary (SigLIP pads all texts to one length and
+    attends to the padding: pass the padded rows as segments to repeat that exactly)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.projection_size)
+
+    def forward(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """input_ids int64 [L], cu_seqlens int32 [M + 1] -> [M, projection]. Raises UserError for a text
+        that is empty or longer than the position table."""
+        where = Segments.of(cu_seqlens)
+        if where.longest > self.config.max_positions or min(where.lengths, default=1) < 1:
+            raise UserError(
+                f"text tower: texts must have 1 to {self.config.max_positions} tokens, these have "
+                f"{min(where.lengths)} to {where.longest}; cut the texts or raise max_positions"
+            )
+        starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+        x = self.embeddings(input_ids, torch.arange(len(input_ids), device=input_ids.device) - starts)
+        x = self.final_layer_norm(self.encoder(x, where))
+        return self.head(x[cu_seqlens[1:].long() - 1])
+
+
+class PoolAttention(nn.Module):
+    """One learned query over the patches of each picture, named as torch's MultiheadAttention."""
+
+    def __init__(self, hidden_size: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, probe: torch.Tensor, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """probe [D], x [N, D] in M runs of `lengths` int64 [M] -> [M, D]. Softmax in fp32."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q = F.linear(probe, weights[0], biases[0]).unflatten(-1, (self.heads, -1))  # [H, d]
+        k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.heads, -1))
+            for w, b in zip(weights[1:], biases[1:], strict=True)
+        )
+        scores = (k * q).sum(-1).float() * q.shape[-1] ** -0.5  # [N, H]
+        of = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)  # picture of each patch
+        none = scores.new_full((len(lengths), self.heads), -torch.inf)
+        top = none.index_reduce(0, of, scores.detach(), "amax")
+        p = (scores - top[of]).exp()
+        total = p.new_zeros(len(lengths), self.heads).index_add(0, of, p)
+        weighted = (p / total[of])[..., None] * v.float()  # [N, H, d]
+        pooled = weighted.new_zeros(len(lengths), *weighted.shape[1:]).index_add(0, of, weighted)
+        return self.out_proj(pooled.flatten(1).to(x.dtype))
+
+
+class PoolHead(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.attention = PoolAttention(config.hidden_size, config.num_attention_heads)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        x = self.attention(self.probe[0, 0], x, lengths)
+        return x + self.mlp(self.layernorm(x))
+
+
+class ContrastiveModel(nn.Module):
+    """Two towers and a temperature. The pool head is hung into the vision tower under SigLIP's name
+    (`vision_model.head`), so that a SigLIP folder loads strictly; the tower's own forward ignores it."""
+
+    def __init__(self, vision: VisionTower, text: TextTower):
+        super().__init__()
+        if text.config.projection_size != vision.config.hidden_size:
+            raise UserError(
+                f"text projection_size {text.config.projection_size} must equal the vision "
+                f"hidden_size {vision.config.hidden_size}"
+            )
+        vision.head = PoolHead(vision.config)
+        self.vision_model, self.text_model = vision, text
+        self.logit_scale = nn.Parameter(torch.empty(1))  # log of the temperature
+        self.logit_bias = nn.Parameter(torch.empty(1))
+
+    def image_embeds(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """One vector of length 1 per grid row (picture or whole clip): fp32 [M, D].
+
+        pixel_values: uint8 [N, 3 * patch * patch], or floats normalised already.
+        """
+        features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
+        return F.normalize(self.vision_model.head(features, grid_thw.prod(1)).float(), dim=-1)
+
+    def text_embeds(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """One vector of length 1 per text: fp32 [M, D]."""
+        return F.normalize(self.text_model(input_ids, cu_seqlens).float(), dim=-1)
+
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
+        for name, p in self.named_parameters():
+            yield name, siglip(name, p.shape, seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights that depend on `seed` and each parameter's name only, on any device."""
+        for name, value in self.initial_weights(seed):
+            self.get_parameter(name).copy_(value)
+
+
+def sigmoid_loss(
+    image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor, logit_bias: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Every pair is a yes/no question: -log sigmoid(z (s <image, text> + b)), z = 1 on the diagonal, else -1.
+
+    Args: image, text: [n, D] of length 1; logit_scale: log of s.
+    Returns: (fp32 sum over all n * n pairs, n); their quotient is SigLIP's loss.
+    """
+    logits = image.float() @ text.float().T * logit_scale.float().exp() + logit_bias.float()
+    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum(), len(logits)
