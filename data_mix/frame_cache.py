@@ -1,0 +1,94 @@
+"""Decoded and resized frames on disk, so that every epoch after the first reads instead of decoding.
+
+One .npy file of uint8 [T, H, W, 3] per media and processor, named after both hashes; written under a
+temporary name and moved into place, so that readers of any process see all of it or nothing.
+"""
+
+import errno
+import itertools
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+
+_numbers = itertools.count()
+
+
+class FrameCache:
+    """A folder of frames, at most `max_bytes` large: the oldest files go first. Many processes may share it.
+
+    When the disk is full, nothing more is written and the run goes on; this is said once, on stderr.
+    """
+
+    def __init__(self, folder: str | Path, *, max_bytes: int = 20 << 30):
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.full = False
+        self._written, self._lock = max_bytes, threading.Lock()  # the first write looks at what is there
+
+    def path(self, sha1: str, processor_hash: str) -> Path:
+        return self.folder / sha1[:2] / f"{sha1}-{processor_hash}.npy"
+
+    def get(self, sha1: str, processor_hash: str) -> np.ndarray | None:
+        """The frames as a read-only memory map; None if they are not here. A damaged file is removed."""
+        path = self.path(sha1, processor_hash)
+        try:
+            frames = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError):
+            frames = None
+        if frames is not None and frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
+            return frames
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(self, sha1: str, processor_hash: str, frames: np.ndarray) -> bool:
+        """Keep `frames`; False where the disk did not take them."""
+        if self.full:
+            return False
+        path = self.path(sha1, processor_hash)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                np.save(f, frames, allow_pickle=False)
+            os.replace(temporary, path)
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            self.stop(e)
+            return False
+        self.note(frames.nbytes)
+        return True
+
+    def stop(self, error: OSError) -> None:
+        if not self.full:
+            self.full = True
+            what = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror)
+            print(f"frame cache {self.folder}: {what}; going on without caching more", file=sys.stderr)
+
+    def note(self, nbytes: int) -> None:
+        """Count what was written by this process or a worker; evict once in a while."""
+        with self._lock:
+            self._written += nbytes
+            if self._written < self.max_bytes // 16:
+                return
+            self._written = 0
+        self.evict()
+
+    def evict(self) -> None:
+        """Remove the oldest files until at most 15/16 of `max_bytes` are used."""
+        files = []
+        for path in self.folder.glob("*/*.npy"):
+            try:
+                s = path.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            files.append((s.st_mtime_ns, s.st_size, path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if used <= self.max_bytes * 15 // 16:
+                return
+            path.unlink(missing_ok=True)
+            used -= size
