@@ -4,7 +4,7 @@ Shape legend: L tokens, N patches, M pictures or clips, n = N / 4 visual tokens,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mm.batch import Batch
 from mm.common.errors import UserError
 from mm.decoder import Decoder, DecoderConfig
+from mm.tokenizer import Tokenizer
 from vision.init import siglip, stream
 from vision.vit import VisionConfig, VisionTower, normalise
 
@@ -28,11 +29,20 @@ class KeyeConfig:
     image_token_id: int = 151655
     video_token_id: int = 151656
     merge_size: int = 2
-    tokens_per_second: float = 2
 
     def __post_init__(self) -> None:
         if self.projector_norm not in ("pre", "post"):
             raise UserError(f"projector_norm={self.projector_norm!r} is not known; use pre or post")
+
+    def bound(self, tokenizer: Tokenizer) -> "KeyeConfig":
+        """A copy that takes its placeholder ids from `tokenizer`; a table too small for it is a UserError."""
+        if tokenizer.vocab_size > self.decoder.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, the model's table {self.decoder.vocab_size}: "
+                "train a smaller tokenizer or set decoder.vocab_size"
+            )
+        image, video = (tokenizer.id(f"<|{kind}_pad|>") for kind in ("image", "video"))
+        return replace(self, image_token_id=image, video_token_id=video)
 
 
 def merge_order(grid_thw: torch.Tensor, merge: int) -> torch.Tensor:

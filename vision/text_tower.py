@@ -6,6 +6,7 @@ those of Hugging Face's SiglipModel.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,8 @@ class ContrastiveModel(nn.Module):
         pixel_values: uint8 [N, 3 * patch * patch], or floats normalised already.
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
-        return F.normalize(self.vision_model.head(features, grid_thw.prod(1)).float(), dim=-1)
+        head = cast(PoolHead, self.vision_model.head)
+        return F.normalize(head(features, grid_thw.prod(1)).float(), dim=-1)
 
     def text_embeds(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """One vector of length 1 per text: fp32 [M, D]."""
