@@ -22,7 +22,7 @@ Grid = tuple[int, int, int]  # (t, h, w) in patches
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """What is looked at of one clip. `indices` int64 [T] frame numbers in the order shown; `times` float64 [T]
+    """What is looked at of one clip. `indices` int64 [T] rising frame numbers; `times` float64 [T]
     seconds into the clip of those frames; `fps` the rate of the sampled frames; height, width in px."""
 
     indices: np.ndarray
@@ -36,16 +36,9 @@ class VideoPlan:
     def seconds_per_frame(self) -> float:
         return 1.0 / self.fps
 
-    def reordered(self, order: list[int]) -> "VideoPlan":
-        """The plan with only the slots in `order`, in that order. Raises BadSample where it is not one."""
-        check_order(order, self.grid[0])
-        return dataclasses.replace(
-            self, indices=self.indices[order], times=self.times[order], grid=(len(order), *self.grid[1:])
-        )
-
 
 def check_order(order: Any, frames: int) -> None:
-    """`order` must name different slots of the `frames` sampled ones."""
+    """Raises BadSample unless `order` names different ones of the `frames` sampled frames (0 = the first)."""
     numbers = isinstance(order, list) and all(type(i) is int for i in order)
     if not numbers or not order or len(set(order)) < len(order) or min(order) < 0 or max(order) >= frames:
         raise BadSample(f"'frames' is not an order of the {frames} sampled frames")
