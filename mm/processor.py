@@ -22,7 +22,7 @@ Grid = tuple[int, int, int]  # (t, h, w) in patches
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """What is looked at of one clip. `indices` int64 [T] rising frame numbers; `times` float64 [T]
+    """What is looked at of one clip. `indices` int64 [T] frame numbers in the order shown; `times` float64 [T]
     seconds into the clip of those frames; `fps` the rate of the sampled frames; height, width in px."""
 
     indices: np.ndarray
@@ -36,12 +36,18 @@ class VideoPlan:
     def seconds_per_frame(self) -> float:
         return 1.0 / self.fps
 
+    def reordered(self, order: list[int]) -> "VideoPlan":
+        """Only the sampled frames named in `order` (0 = the first), in that order: for frame re-ordering tasks.
 
-def check_order(order: Any, frames: int) -> None:
-    """Raises BadSample unless `order` names different ones of the `frames` sampled frames (0 = the first)."""
-    numbers = isinstance(order, list) and all(type(i) is int for i in order)
-    if not numbers or not order or len(set(order)) < len(order) or min(order) < 0 or max(order) >= frames:
-        raise BadSample(f"'frames' is not an order of the {frames} sampled frames")
+        Raises BadSample unless `order` names different ones of them.
+        """
+        frames = self.grid[0]
+        numbers = isinstance(order, list) and bool(order) and all(type(i) is int for i in order)
+        if not numbers or len(set(order)) < len(order) or min(order) < 0 or max(order) >= frames:
+            raise BadSample(f"'frames' is not an order of the {frames} sampled frames")
+        return dataclasses.replace(
+            self, indices=self.indices[order], times=self.times[order], grid=(len(order), *self.grid[1:])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from mm.batch import Batch
 from mm.common.errors import BadSample, UserError
 from mm.positions import position_ids
-from mm.processor import Grid, Processor, VideoPlan, check_order
+from mm.processor import Grid, Processor, VideoPlan
 from mm.template import Message, Part, encode, media_parts, token_count
 from mm.tokenizer import Tokenizer
 from vision.media import VideoInfo
@@ -78,8 +78,7 @@ def _shown(part: Part, frames: np.ndarray, plan: VideoPlan | None) -> tuple[np.n
         raise UserError(f"load() gave {len(frames)} frames where the plan says {plan.grid[0]}")
     order = part.get("frames")
     if order is not None:
-        check_order(order, len(frames))
-        frames = frames[order]
+        plan, frames = plan.reordered(order), frames[order]
     return frames, plan.seconds_per_frame
 
 
@@ -139,16 +138,13 @@ def _grid(part: Part, facts: Mapping[str, Any], processor: Processor) -> Grid:
         if part["type"] == "image":
             return processor.image_grid(facts["width"], facts["height"])
         info = VideoInfo(**{f.name: facts[f.name] for f in fields(VideoInfo)})
-        grid = processor.video_plan(info).grid
+        plan = processor.video_plan(info)
     except KeyError as e:
         raise BadSample(f"media facts lack {e.args[0]!r}") from e
     except (TypeError, OverflowError) as e:
         raise BadSample("media facts are not numbers") from e
     order = part.get("frames")
-    if order is None:
-        return grid
-    check_order(order, grid[0])
-    return len(order), grid[1], grid[2]
+    return (plan if order is None else plan.reordered(order)).grid
 
 
 # ---- from files

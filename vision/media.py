@@ -200,7 +200,7 @@ class _Clip:
             frames = _gather(self._pyav(wanted.tolist()), size)
         expected = size or (self.info.height, self.info.width)
         if len(frames) != len(wanted):
-            raise BadSample(f"{len(frames)} of {len(wanted)} frames could be decoded")
+            raise BadSample("frames are missing")
         if frames.shape[1:3] != expected:
             raise BadSample("frame size changes inside the clip")
         return frames if np.array_equal(inverse, np.arange(len(frames))) else frames[inverse]
@@ -264,7 +264,8 @@ def _video_stream(container: Any) -> Any:
         raise BadSample("no video stream")
     if stream.codec_context is None:
         raise BadSample("unknown video codec")
-    _check_size(stream.codec_context.width, stream.codec_context.height)
+    if stream.codec_context.width:  # a stream whose size only its frames tell is judged by its first frame
+        _check_size(stream.codec_context.width, stream.codec_context.height)
     return stream
 
 
