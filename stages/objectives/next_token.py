@@ -1,0 +1,64 @@
+"""Next-token prediction: cross entropy of the trained tokens, each weighing the same wherever it lies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mm.batch import Batch
+from stages.engine import flops
+from stages.objectives.objective import Objective, Terms, device_of, grids, most
+from stages.stage import Budget
+
+
+class NextToken(Objective):
+    """Sum of token losses / trained tokens in the whole step. The model offers `loss(batch) -> (sum, n)`."""
+
+    def counts(self, batches: Sequence[Batch]) -> dict[str, float]:
+        return {"next_token": float(sum(int(b.target_mask().sum()) for b in batches))}
+
+    def accumulate(
+        self, model: Any, batches: Sequence[Batch], denominators: dict[str, float], phase: str = "main"
+    ) -> Terms:
+        device = device_of(model)
+        total, count = torch.zeros((), device=device), 0.0
+        weight = 1.0 / max(denominators["next_token"], 1e-9)
+        for i in range(most(batches, device)):
+            batch = batches[i] if i < len(batches) else self.blank(model).to(device)
+            loss, n = model.loss(batch)
+            (loss * weight).backward()
+            total, count = total + loss.detach(), count + float(n)
+        return {"next_token": (total, count)}
+
+    def measure(self, batches: Sequence[Batch]) -> dict[str, float]:
+        patches = sum(b.pixel_values.shape[0] for b in batches)
+        return {**super().measure(batches), "patches": patches}
+
+    def flops(self, model: Any, batches: Sequence[Batch]) -> float:
+        return sum(flops.of_batch(model, b).training for b in batches)
+
+    def blank(self, model: Any) -> Batch:
+        """Two tokens, nothing to predict, no picture: weighs nothing, runs every collective."""
+        return _batch(model, 2, torch.zeros(0, 3, dtype=torch.int64), trained=False)
+
+    def largest(self, model: Any, budget: Budget) -> Batch:
+        """One segment of `tokens`, of which up to `visual_tokens` are one picture; all others trained."""
+        visual = min(budget.visual_tokens, budget.tokens - 2)
+        grid = grids(visual) if visual > 0 else torch.zeros(0, 3, dtype=torch.int64)
+        return _batch(model, budget.tokens, grid, trained=True)
+
+
+def _batch(model: Any, length: int, grid: torch.Tensor, *, trained: bool) -> Batch:
+    config = model.config
+    patch = config.vision.patch_size
+    patches = int(grid.prod(-1).sum())
+    ids = torch.zeros(length, dtype=torch.int64)
+    visual = patches // 4  # 2x2 patches make one token
+    ids[1 : 1 + visual] = config.image_token_id
+    mask = torch.full((length,), trained)
+    mask[: 1 + visual] = False
+    return Batch(
+        input_ids=ids, loss_mask=mask, position_ids=torch.arange(length).expand(3, -1).contiguous(),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        pixel_values=torch.zeros(patches, 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
+    )  # fmt: skip
