@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-from data_mix.sample import media_parts, suffix_of
+from data_mix.sample import media_parts
 from mm.common.errors import BadSample
 from mm.processor import Processor, VideoPlan
+from mm.prompt import media_grids
 from vision.media import VideoInfo
 
 _VIDEO_FACTS = [f.name for f in dataclasses.fields(VideoInfo)]
@@ -20,23 +21,17 @@ def video_plan(facts: dict[str, Any], processor: Processor) -> VideoPlan:
         raise BadSample("the media facts of a video are incomplete") from e
 
 
+def frames_shape(part: dict[str, Any], sample: dict[str, Any], processor: Processor) -> tuple[int, int, int]:
+    """[T, H, W] that decoding this part must give, before any re-ordering. Raises BadSample."""
+    whole = {name: value for name, value in part.items() if name != "frames"}
+    t, h, w = part_grid(whole, sample, processor)
+    return t, h * processor.patch_size, w * processor.patch_size
+
+
 def part_grid(part: dict[str, Any], sample: dict[str, Any], processor: Processor) -> tuple[int, int, int]:
-    """(t, h, w) in patches that this image or video part takes in the sequence. Raises BadSample."""
-    facts = (sample.get("media") or {}).get(suffix_of(part))
-    if not isinstance(facts, dict) or facts.get("kind") != part["type"]:
-        raise BadSample("the media facts of a part are missing")
-    if part["type"] == "image":
-        try:
-            return processor.image_grid(facts["width"], facts["height"])
-        except (KeyError, TypeError) as e:
-            raise BadSample("the media facts of an image are incomplete") from e
-    plan = video_plan(facts, processor)
-    return (plan.reordered(part["frames"]) if "frames" in part else plan).grid
-
-
-def media_grids(sample: dict[str, Any], processor: Processor) -> list[tuple[int, int, int]]:
-    """The grids of all media parts in reading order. Raises BadSample."""
-    return [part_grid(p, sample, processor) for p in media_parts(sample["messages"])]
+    """(t, h, w) in patches that one image or video part takes in the sequence. Raises BadSample."""
+    message = {"role": "user", "content": [part]}
+    return media_grids([message], sample.get("media") or {}, processor)[0]
 
 
 def caption_of(sample: dict[str, Any]) -> str:

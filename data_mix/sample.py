@@ -7,7 +7,7 @@ from mm.common.errors import BadSample
 
 IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"])
 VIDEO_SUFFIXES = frozenset(["mp4", "mov", "mkv", "avi", "webm", "m4v", "mpg", "mpeg"])
-ROLES = frozenset({"system", "user", "assistant", "tool", "text"})
+ROLES = frozenset({"system", "user", "assistant", "text"})
 MEDIA_KINDS = ("image", "video")
 
 
@@ -36,8 +36,10 @@ def check(sample: Any, members: Collection[str]) -> None:
     messages = sample.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadSample("no messages")
-    for message in messages:
+    for number, message in enumerate(messages):
         _check_message(message)
+        if number and message["role"] in ("system", "text"):
+            raise BadSample(f"a {message['role']} message that is not the first")
     for part in media_parts(messages):
         _check_media(part, members)
     if not any(m["role"] in ("assistant", "text") for m in messages):
@@ -60,6 +62,8 @@ def _check_message(message: Any) -> None:
             raise BadSample("unknown kind of part")
         if not isinstance(part.get(kind), str):
             raise BadSample(f"a {kind} part lacks its {kind}")
+        if kind != "text" and message["role"] == "assistant":
+            raise BadSample("an assistant turn holds media")
 
 
 def _check_media(part: dict, members: Collection[str]) -> None:
