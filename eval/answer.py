@@ -1,6 +1,7 @@
 """A checkpoint that answers: media to frames once, frames to an example, examples to text."""
 
 import hashlib
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from eval.task import media_parts
 from mm import formats, generate, prompt
 from mm.common.errors import BadSample, UserError
+from mm.keye import Keye
 
 
 class Media:
@@ -27,14 +29,16 @@ class Media:
         path = root / name
         known = self._frames.get(str(path))
         if known is None:
-            known = self._read(kind, path, name)
+            known = self._read(kind, root, path, name)
             self._frames[str(path)] = known
             while len(self._frames) > self.keep:
                 self._frames.popitem(last=False)
         self._frames.move_to_end(str(path))
         return known
 
-    def _read(self, kind: str, path: Path, name: str) -> tuple[np.ndarray, Any]:
+    def _read(self, kind: str, root: Path, path: Path, name: str) -> tuple[np.ndarray, Any]:
+        if not os.path.normpath(path).startswith(os.path.normpath(root) + os.sep):
+            raise BadSample("media path leads out of its folder", key=name)
         if not path.is_file():
             raise BadSample("media file is missing", key=name)
         try:
@@ -50,10 +54,10 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
         self.folder, self.device = Path(folder), torch.device(device)
-        if not self.folder.is_dir():
-            raise UserError(f"{folder} is no checkpoint folder; give one that a stage handed on, e.g. RUN/s3/model")
-        model, self.processor, self.tokenizer = formats.load(self.folder)
-        self.model = model.to(self.device, dtype).eval() if dtype else model.to(self.device).eval()
+        model, self.processor, self.tokenizer = formats.load(self.folder, device=self.device, dtype=dtype)
+        if not isinstance(model, Keye):
+            raise UserError(f"{folder} holds a {type(model).__name__}, which answers nothing; give a stage after s0")
+        self.model = model.eval()
         self.media = Media(self.processor)
 
     def example(self, messages: list[dict], root: Path) -> Any:
@@ -67,7 +71,9 @@ class Checkpoint:
         return [np.asarray(self.media.load(root, part)[0]) for part in media_parts(messages)]
 
     def answer(self, examples: list[Any], max_new_tokens: int) -> list[str]:
-        return generate.generate(self.model, examples, self.tokenizer, max_new_tokens=max_new_tokens, temperature=0.0)
+        return generate.generate(
+            self.model, examples, self.tokenizer, max_new_tokens=max_new_tokens, batch_size=len(examples)
+        )
 
     def fingerprint(self) -> str:
         """Changes with any file of the folder; reads samples of large files, not all of them."""
