@@ -81,7 +81,7 @@ class DecodePool:
         self.processor, self.deadline, self.cache = processor, deadline, cache
         self.workers = [_Worker(processor, cache) for _ in range(workers)]
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._closed = False
+        self._closed, self._lock = False, threading.Lock()
         self.hits = self.misses = 0
         self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self.workers]
         for thread in self._threads:
@@ -95,7 +95,11 @@ class DecodePool:
             return future
         self.misses += 1
         if self.workers:
-            self._jobs.put((job, future))
+            with self._lock:
+                if self._closed:
+                    future.cancel()
+                else:
+                    self._jobs.put((job, future))
         else:
             _settle(future, lambda: decode_here(job, self.processor, self.cache))
         return future
@@ -116,13 +120,16 @@ class DecodePool:
             _settle(future, lambda job=job: worker.run(job, self.deadline))
 
     def close(self) -> None:
-        self._closed = True
-        for _ in self._threads:
-            self._jobs.put(None)
+        with self._lock:
+            self._closed = True
+            for _ in self._threads:
+                self._jobs.put(None)
         for worker in self.workers:
             worker.close()
         for thread in self._threads:
             thread.join(timeout=10)
+        for worker in self.workers:
+            worker.kill()
 
     def __enter__(self) -> "DecodePool":
         return self
@@ -151,11 +158,11 @@ class _Worker:
             self._start()
             self._pipe.send(job)
             if not self._pipe.poll(deadline):
-                self._kill()
+                self.kill()
                 raise BadSample(f"decoding took longer than {deadline:g} s")
             return self._receive(job)
         except (EOFError, OSError) as e:
-            self._kill()
+            self.kill()
             raise BadSample("the decoder crashed") from e
 
     def _receive(self, job: Job) -> np.ndarray:
@@ -198,21 +205,21 @@ class _Worker:
                 return
         except (EOFError, OSError):
             pass
-        stderr = self.process.stderr if self.process else None
-        self._kill()
+        said = self.kill()
         if self._closed:
             raise BadSample("the loader was closed")
-        said = stderr.read().decode(errors="replace") if stderr else ""
-        raise UserError(f"a decode worker did not start; its last words: {said.strip()[-500:] or 'none'}")
+        raise UserError(f"a decode worker did not start; its last words: {said or 'none'}")
 
-    def _kill(self) -> None:
+    def kill(self) -> str:
+        """End the process if there is one; its last words before it was ready."""
         with self._lock:
             if self.process is None:
-                return
+                return ""
             self.process.kill()
-            self.process.wait()
+            _, said = self.process.communicate()
             self._pipe.close()
             self.process = None
+            return said.decode(errors="replace").strip()[-500:]
 
     def close(self) -> None:
         """Kill the process; a thread that waits for it wakes up by the broken pipe."""
@@ -245,5 +252,5 @@ def _answer(pipe: Connection, job: Job, processor: Any, cache: FrameCache | None
     if cache and cache.put(sha1, processor.hash, frames):
         pipe.send(("cached", sha1))
         return
-    pipe.send(("raw", OSError(28, "the disk is full") if cache else None))
-    pipe.send_bytes(np.ascontiguousarray(frames).data)
+    pipe.send(("raw", cache.error if cache else None))
+    pipe.send_bytes(np.ascontiguousarray(frames).reshape(-1).data)

@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ class FrameCache:
 
     def __init__(self, folder: str | Path, *, max_bytes: int = 20 << 30):
         self.folder, self.max_bytes = Path(folder), max_bytes
-        self.full = False
+        self.error: OSError | None = None  # why nothing is written any more
         self._written, self._lock = max_bytes, threading.Lock()  # the first write looks at what is there
 
     def path(self, sha1: str, processor_hash: str) -> Path:
@@ -46,7 +47,7 @@ class FrameCache:
 
     def put(self, sha1: str, processor_hash: str, frames: np.ndarray) -> bool:
         """Keep `frames`; False where the disk did not take them."""
-        if self.full:
+        if self.error:
             return False
         path = self.path(sha1, processor_hash)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp")
@@ -63,8 +64,8 @@ class FrameCache:
         return True
 
     def stop(self, error: OSError) -> None:
-        if not self.full:
-            self.full = True
+        if not self.error:
+            self.error = error
             what = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror)
             print(f"frame cache {self.folder}: {what}; going on without caching more", file=sys.stderr)
 
@@ -80,11 +81,13 @@ class FrameCache:
     def evict(self) -> None:
         """Remove the oldest files until at most 15/16 of `max_bytes` are used."""
         files = []
-        for path in self.folder.glob("*/*.npy"):
+        for path in self.folder.glob("*/*"):
             try:
                 s = path.stat()
             except FileNotFoundError:  # another process was faster
                 continue
+            if path.suffix == ".tmp" and time.time() - s.st_mtime < 3600:
+                continue  # being written; later than that, its writer was killed
             files.append((s.st_mtime_ns, s.st_size, path))
         used = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):

@@ -6,6 +6,7 @@ list of draws on every rank, at every number of workers, and after every restart
 
 import hashlib
 import json
+import threading
 from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
@@ -63,6 +64,7 @@ class PackPlan:
         self.draws_per_window = self._draws_per_window()
         self._first, self._at = [0], [0]  # pack number that window self._at[k] begins with
         self._window = lru_cache(maxsize=4)(self._make_window)
+        self._lock = threading.RLock()  # the loader's thread plans ahead while a state is taken
 
     def _usable(self, number: int, counts: Counts) -> np.ndarray:
         """Sample numbers that fit the budgets, after shortening; the others are refused by name."""
@@ -138,18 +140,20 @@ class PackPlan:
 
     def trust(self, anchor: tuple[int, int]) -> None:
         """Take up an `anchor` of the same plan, so that no window before it need be planned."""
-        at = bisect_right(self._first, anchor[0])
-        if self._first[at - 1] != anchor[0]:
-            self._first.insert(at, anchor[0])
-            self._at.insert(at, anchor[1])
+        with self._lock:
+            at = bisect_right(self._first, anchor[0])
+            if self._first[at - 1] != anchor[0]:
+                self._first.insert(at, anchor[0])
+                self._at.insert(at, anchor[1])
 
     def _locate(self, i: int) -> tuple[int, int]:
-        k = bisect_right(self._first, i) - 1
-        first, window = self._first[k], self._at[k]
-        while i >= first + len(self._window(window)):
-            first, window = first + len(self._window(window)), window + 1
-            self.trust((first, window))
-        return first, window
+        with self._lock:
+            k = bisect_right(self._first, i) - 1
+            first, window = self._first[k], self._at[k]
+            while i >= first + len(self._window(window)):
+                first, window = first + len(self._window(window)), window + 1
+                self.trust((first, window))
+            return first, window
 
     def _make_window(self, window: int) -> list[list[Draw]]:
         start = window * self.draws_per_window

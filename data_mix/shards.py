@@ -273,6 +273,7 @@ class Source:
         return self.shards[self._find(i)[0]]["file"]
 
     def locate(self, i: int, suffix: str) -> Location:
+        """Where the bytes of one member lie. Raises BadSample when the sample has no such member."""
         row, file = self.row(i), self.shard_of(i)
         if suffix not in row["members"]:
             raise BadSample("a part names media that is not in the shard", shard=file, key=row["key"])

@@ -1,12 +1,17 @@
 """Pictures, clips and sources made on the spot."""
 
 import io
+import os
+import signal
+import time
 
 import av
 import numpy as np
 from PIL import Image
 
 from data_mix.shards import ShardWriter
+from mm.common.errors import BadSample
+from mm.processor import Processor
 
 
 def picture(seed=0, size=(64, 48)):
@@ -52,3 +57,24 @@ def planned_source(folder, lengths, *, images=(0, 1), seed=0):
             facts = {s: image_facts(int(random.integers(30, 200)), int(random.integers(30, 200))) for s in media}
             w.write(f"s{i:05d}", {"messages": turn("a " * int(length), *media), "media": facts}, media)
     return folder
+
+
+HANGS, CRASHES, FAILS, BREAKS = (40, 40), (44, 44), (48, 48), (52, 52)  # sizes of pictures that do so
+
+
+class TrickyProcessor(Processor):
+    """Pictures of some sizes hang, crash, fail or break the decoder."""
+
+    def load_image(self, src):
+        from vision.media import image_size
+
+        size = image_size(src)
+        if size == HANGS:
+            time.sleep(1000)
+        if size == CRASHES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if size == FAILS:
+            raise BadSample("damaged image")
+        if size == BREAKS:
+            raise ZeroDivisionError
+        return super().load_image(src)

@@ -103,7 +103,8 @@ def test_too_large_samples_are_shortened_by_whole_exchanges_or_refused_by_name(t
     }  # fmt: skip
     assert {b.shard for b in plan.refused} == {"s/shard-00000.tar"}
     assert plan.refused_by_reason()["longer than the token budget 200"] == 1
-    shown = {plan.mix.sources[0].row(d.sample)["key"]: len(plan.sample(d)["messages"]) for i in range(9) for d in plan.pack(i)}
+    draws, source = [d for i in range(9) for d in plan.pack(i)], plan.mix.sources[0]
+    shown = {source.keys[d.sample]: len(plan.sample(d)["messages"]) for d in draws}
     assert shown == {"fits": 2, "two": 2, "cut": 2}
 
 

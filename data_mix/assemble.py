@@ -1,0 +1,118 @@
+"""From the draws of a pack to its tensors. A sample that fails leaves a hole of its own size.
+
+The hole: the tokens stay, nothing of them is trained, and the media are grey in the planned grid. So neither
+the shapes nor any other sample change when one clip cannot be decoded.
+"""
+
+import dataclasses
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_mix.decode import DecodePool, Job
+from data_mix.media_plan import first_media, frames_shape, pair_ids, video_plan
+from data_mix.mix import Draw
+from data_mix.pack import PackPlan
+from data_mix.sample import media_parts, suffix_of
+from mm.batch import Batch, PairBatch
+from mm.common.errors import BadSample
+from mm.processor import VideoPlan
+from mm.prompt import Example, join, prepare
+
+GREY = 128
+
+
+@dataclass
+class Pending:
+    """A drawn sample whose media are on their way: per member, [T, H, W] as planned and the frames to come."""
+
+    draw: Draw
+    name: str
+    sample: dict[str, Any]
+    shapes: dict[str, tuple[int, int, int]]
+    frames: "dict[str, Future[np.ndarray]]"
+
+
+@dataclass
+class Made:
+    """A finished pack and, per sample in it, (name, reason it became a hole or '')."""
+
+    batch: Batch | PairBatch
+    samples: list[tuple[str, str]]
+
+
+class Assembler:
+    """`begin` asks the pool for all media of a pack, `finish` waits for them and builds the batch."""
+
+    def __init__(self, plan: PackPlan, pool: DecodePool):
+        self.plan, self.pool = plan, pool
+        self.processor, self.tokenizer = plan.processor, plan.tokenizer
+
+    def begin(self, pack: int) -> list[Pending]:
+        return [self._begin(draw) for draw in self.plan.pack(pack)]
+
+    def _begin(self, draw: Draw) -> Pending:
+        sample, source = self.plan.sample(draw), self.plan.mix.sources[draw.source]
+        parts = [first_media(sample)] if self.plan.kind == "pairs" else media_parts(sample["messages"])
+        pending = Pending(draw, self.plan.mix.name(draw), sample, {}, {})
+        for part in parts:
+            suffix = suffix_of(part)
+            if suffix not in pending.frames:
+                shape = frames_shape(part, sample, self.processor)
+                job = Job(source.locate(draw.sample, suffix), part["type"], shape)
+                pending.shapes[suffix], pending.frames[suffix] = shape, self.pool.submit(job)
+        return pending
+
+    def finish(self, pack: list[Pending]) -> Made:
+        return self._pairs(pack) if self.plan.kind == "pairs" else self._packs(pack)
+
+    def _packs(self, pack: list[Pending]) -> Made:
+        examples, samples = [], []
+        for p in pack:
+            frames, reason = self._frames(p)
+            example = self._example(p, frames)
+            if reason:
+                example = dataclasses.replace(example, loss_mask=torch.zeros_like(example.loss_mask))
+            examples.append(example)
+            samples.append((p.name, reason))
+        return Made(join(examples, [p.name for p in pack]), samples)
+
+    def _frames(self, p: Pending) -> tuple[dict[str, np.ndarray], str]:
+        """Every member's frames; all grey, and the reason, where one of them is bad."""
+        try:
+            return {suffix: future.result() for suffix, future in p.frames.items()}, ""
+        except BadSample as e:
+            return {s: np.full((*shape, 3), GREY, np.uint8) for s, shape in p.shapes.items()}, e.reason
+
+    def _example(self, p: Pending, frames: dict[str, np.ndarray]) -> Example:
+        def load(part: dict[str, Any]) -> tuple[np.ndarray, VideoPlan | None]:
+            suffix = suffix_of(part)
+            if part["type"] == "image":
+                return frames[suffix], None
+            return frames[suffix], video_plan(p.sample["media"][suffix], self.processor)
+
+        return prepare(p.sample["messages"], self.processor, self.tokenizer, load)
+
+    def _pairs(self, pack: list[Pending]) -> Made:
+        """A failed pair is left out (it has nothing to be masked); if all failed, one grey pair keeps the shape
+        legal."""
+        loaded = [(p, *self._frames(p)) for p in pack]
+        kept = [(p, f) for p, f, reason in loaded if not reason] or [loaded[0][:2]]
+        texts = [pair_ids(p.sample, self.tokenizer, self.plan.max_text) for p, _ in kept]
+        clips = [self._in_order(p, next(iter(frames.values()))) for p, frames in kept]
+        batch = PairBatch(
+            input_ids=torch.tensor([i for t in texts for i in t], dtype=torch.int64),
+            cu_seqlens=torch.tensor(np.cumsum([0, *map(len, texts)]), dtype=torch.int32),
+            pixel_values=torch.cat([torch.from_numpy(self.processor.patchify(c)) for c in clips]),
+            grid_thw=torch.tensor([self.processor.frames_grid(c) for c in clips], dtype=torch.int64),
+            draws=[p.name for p, _ in kept],
+        )
+        return Made(batch, [(p.name, reason) for p, _, reason in loaded])
+
+    @staticmethod
+    def _in_order(p: Pending, frames: np.ndarray) -> np.ndarray:
+        order = first_media(p.sample).get("frames")
+        return frames if order is None else frames[order]
