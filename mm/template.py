@@ -80,7 +80,7 @@ def encode(
 
     Args:
         media_tokens: tokens of each picture and clip, in order.
-        generate: end with an open assistant turn instead of requiring an answer; nothing may then be cut.
+        generate: end with an open assistant turn instead of requiring an answer; then nothing is trained or cut.
         max_tokens: drop whole exchanges from the end until the rest fits.
     Raises:
         BadSample: messages that make no sense, or whose first exchange is longer than `max_tokens`.
@@ -121,6 +121,7 @@ def _encode(
         ends = _conversation(messages, tokenizer, counts, out)
     if generate:
         out.add([tokenizer.id("<|im_start|>"), *tokenizer.encode("assistant\n")])
+        out.mask = [False] * len(out.ids)
         ends = [(len(messages), len(out.ids))]
     if max_tokens is None or len(out.ids) <= max_tokens:
         return out, len(messages)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -207,18 +208,19 @@ class _Clip:
 
     def _decord(self, wanted: np.ndarray, size: tuple[int, int] | None) -> np.ndarray | None:
         """None where decord fails or counts other frames than we do: PyAV then has the last word."""
-        try:
-            file = io.BytesIO(self.src) if isinstance(self.src, bytes) else os.path.abspath(self.src)
-            reader = decord.VideoReader(file, num_threads=1)
-            if len(reader) != self.info.frames:
+        file = io.BytesIO(self.src) if isinstance(self.src, bytes) else os.path.abspath(self.src)
+        chunks = []
+        with _silent_stderr():
+            try:
+                reader = decord.VideoReader(file, num_threads=1)
+                if len(reader) != self.info.frames:
+                    return None
+                for i in range(0, len(wanted), CHUNK):
+                    frames = reader.get_batch(wanted[i : i + CHUNK]).asnumpy()
+                    chunks.append(frames if size is None else resize_frames(frames, *size))
+            except Exception:
                 return None
-            parts = (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK))
-            chunks = [reader.get_batch(part).asnumpy() for part in parts] if size is None else [
-                resize_frames(reader.get_batch(part).asnumpy(), *size) for part in parts
-            ]  # fmt: skip
-            return np.concatenate(chunks)
-        except Exception:
-            return None
+        return np.concatenate(chunks)
 
     def _pyav(self, wanted: list[int]) -> Iterator[np.ndarray]:
         done = 0
@@ -236,6 +238,28 @@ class _Clip:
         if frame.is_corrupt:
             raise BadSample("damaged video")
         return np.rot90(frame.to_ndarray(format="rgb24"), k=self.turns)
+
+
+_stderr_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """decord writes some errors to file descriptor 2, whatever its log level; we tell them by BadSample."""
+    with _stderr_lock:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no stderr to protect
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 @contextlib.contextmanager
