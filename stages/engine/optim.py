@@ -3,6 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -56,36 +57,79 @@ def undecayed(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.ndim <= 1 or name in tables}
 
 
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices between the ends of the model: what Muon is made for."""
+    return {
+        name for name, p in model.named_parameters()
+        if p.ndim == 2 and name not in undecayed(model) and not name.startswith("lm_head.")
+    }  # fmt: skip
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups marked `muon`, torch's AdamW for the others, behind one face.
+
+    Both work on the very groups and state of this object, so schedules and checkpoints see one optimizer.
+    Muon's steps are scaled to AdamW's size ("match_rms_adamw"): one learning rate serves both.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: Optim):
+        super().__init__(groups, {"lr": config.lr})
+        self.parts: list[torch.optim.Optimizer] = []
+        mine = [g for g in self.param_groups if g["muon"]]
+        rest = [g for g in self.param_groups if not g["muon"]]
+        if mine:
+            self.parts.append(torch.optim.Muon(mine, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            betas = (config.betas[0], config.betas[1])
+            self.parts.append(torch.optim.AdamW(rest, betas=betas, eps=config.eps, fused=True))
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
 def build(
     model: nn.Module, selection: Selection, patterns: dict[str, float], config: Optim,
     owns: Callable[[str], bool] = lambda name: True,
-) -> torch.optim.AdamW:  # fmt: skip
-    """AdamW over the selected parameters, one group for each pattern and decay.
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimizer over the selected parameters, one group for each pattern, decay and kind.
 
     Its state is laid out at once, so that memory shows in the dry step and a checkpoint always has every key.
     """
     plain = undecayed(model)
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    matrices = hidden_matrices(model) if config.name == "muon" else set()
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if name in selection and owns(name):
-            key = (selection[name], 0.0 if name in plain else config.weight_decay)
+            key = (selection[name], 0.0 if name in plain else config.weight_decay, name in matrices)
             groups.setdefault(key, []).append(p)
     if not groups:
         raise UserError("train: a phase of the objective has no parameter to train")
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": params, "lr": config.lr * patterns[pattern], "weight_decay": decay, "pattern": pattern}
-            for (pattern, decay), params in groups.items()
-        ],
-        lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True,  # type: ignore[arg-type]
-    )  # fmt: skip
+    described: list[dict[str, Any]] = [
+        {"params": params, "lr": config.lr * patterns[pattern], "weight_decay": decay, "pattern": pattern,
+         "muon": muon}
+        for (pattern, decay, muon), params in groups.items()
+    ]  # fmt: skip
+    optimizer: torch.optim.Optimizer
+    if config.name == "muon":
+        optimizer = MuonAdamW(described, config)
+    else:
+        betas = (config.betas[0], config.betas[1])
+        optimizer = torch.optim.AdamW(described, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
-            }  # fmt: skip
+            optimizer.state[p] = _blank_state(p, group["muon"])
     return optimizer
+
+
+def _blank_state(p: torch.Tensor, muon: bool) -> dict[str, torch.Tensor]:
+    if muon:
+        return {"momentum_buffer": torch.zeros_like(p)}
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def schedule(config: Optim, steps: int) -> Callable[[int], float]:
@@ -123,7 +167,8 @@ def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
 
 def table(model: nn.Module, selection: Selection, patterns: dict[str, float], config: Optim) -> Table:
     """What each pattern matched, and what is frozen, as a table to print."""
-    t = Table(title=f"what trains (AdamW, {config.schedule}, peak lr {config.lr:g})")
+    kind = {"adamw": "AdamW", "muon": "Muon on matrices, AdamW on the rest"}[config.name]
+    t = Table(title=f"what trains ({kind}, {config.schedule}, peak lr {config.lr:g})")
     for column in ("pattern", "tensors", "parameters", "lr", "decay"):
         t.add_column(column, justify="left" if column == "pattern" else "right")
     plain, named = undecayed(model), dict(model.named_parameters())

@@ -1,0 +1,36 @@
+"""Stage 0: the tower learns pictures of any shape, by matching them with their captions (sigmoid loss).
+
+    mm run keye.s0_vit --size tiny                                   2 cores, about 2 minutes
+    torchrun ... -m stages.cli run keye.s0_vit --size 8b --siglip FOLDER --data vit_pairs=FOLDER
+
+Published (report 1, section 3): SigLIP-so400m-384-14 goes on at native resolution with interpolated positions
+and 2-D RoPE, the text tower also from SigLIP, about 500 B tokens. Not published, so ours: learning rates,
+batch, temperature start. At tiny both towers start from nothing.
+"""
+
+from data_mix.mix import SourceSpec
+from mm.sizes import SIZES
+from stages.stage import Budget, ObjectiveSpec, Optim, Stage
+
+BUDGETS = {
+    "tiny": Budget(tokens=1024, visual_tokens=512, packs_per_step=1, steps=500),
+    "small": Budget(tokens=16384, visual_tokens=16384, packs_per_step=8, steps=20_000),
+    # 16,384 visual tokens (65,536 patches) x 128 packs x 60,000 steps = 0.5 T patches.
+    "8b": Budget(tokens=16384, visual_tokens=16384, packs_per_step=128, steps=60_000),
+}
+OPTIM = {
+    "tiny": Optim(name="muon", lr=3e-3, weight_decay=0.05, schedule="cosine", warmup_steps=20, min_lr_ratio=0.05),
+    "small": Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
+    "8b": Optim(lr=2e-5, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
+}
+
+
+def stage(size: str) -> Stage:
+    return Stage(
+        name="keye.s0_vit", size=size, doc=__doc__, model=SIZES[size],
+        start=["scratch"] if size == "tiny" else ["siglip"],
+        train={"*": 1.0},
+        mix=[SourceSpec("vit_pairs", 1.0, "samples")],
+        objective=ObjectiveSpec("contrastive"),
+        optim=OPTIM[size], budget=BUDGETS[size], precision="fp32" if size == "tiny" else "bf16",
+    )  # fmt: skip

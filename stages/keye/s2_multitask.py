@@ -1,0 +1,39 @@
+"""Stage 2: everything trains, on every kind of task at once.
+
+    mm run keye.s2_multitask --size tiny                             2 cores, about 4 minutes
+    torchrun ... -m stages.cli run keye.s2_multitask --size 8b --from RUN --data caption=FOLDER ...
+
+Published: tower, projector and decoder all train on caption, OCR, grounding and counting (integer coordinates
+in [0, 1000) between box and point tokens), VQA, interleaved documents, video with frame re-ordering, and text;
+8,192 tokens, data parallel with ZeRO-2. Not published, so ours: shares, learning rates, batch, length.
+"""
+
+from data_mix.mix import SourceSpec
+from mm.sizes import SIZES
+from stages.stage import Budget, Optim, Stage
+
+MIX = {
+    "caption": 0.08, "ocr": 0.10, "grounding": 0.06, "counting": 0.08, "vqa": 0.12, "interleaved": 0.06,
+    "video_caption": 0.08, "video_qa": 0.20, "reorder": 0.03, "shop": 0.14, "text": 0.05,
+}  # fmt: skip
+BUDGETS = {
+    "tiny": Budget(tokens=2048, visual_tokens=1536, packs_per_step=1, steps=900),
+    "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
+    "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
+}
+OPTIM = {
+    "tiny": Optim(name="muon", lr=3e-3, weight_decay=0.05, schedule="wsd", warmup_steps=20, decay_share=0.2,
+                  min_lr_ratio=0.3),
+    "small": Optim(lr=1e-4, warmup_steps=500, schedule="wsd", min_lr_ratio=0.3),
+    "8b": Optim(lr=4e-5, warmup_steps=1000, schedule="wsd", min_lr_ratio=0.3),
+}  # fmt: skip
+
+
+def stage(size: str) -> Stage:
+    return Stage(
+        name="keye.s2_multitask", size=size, doc=__doc__, model=SIZES[size],
+        start=["s1_align"],
+        train={"*": 1.0} if size == "tiny" else {"*": 1.0, "visual.*": 0.1},
+        mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
+        optim=OPTIM[size], budget=BUDGETS[size], precision="fp32" if size == "tiny" else "bf16",
+    )  # fmt: skip
