@@ -61,8 +61,10 @@ def majority_answers(task: Task, rows: list[Item]) -> dict[str, str]:
 
 def _best_answer(task: Task, rows: list[Item]) -> str:
     counts = Counter(r.answer for r in rows)
-    if task.space == "closed":
-        return counts.most_common(1)[0][0]
+    if task.space == "closed":  # answers that mean the same (是, yes) count together
+        means = {a: repr(task.check(rows[0], a)[0]) for a in counts}
+        groups = Counter(means[r.answer] for r in rows)
+        return max(counts, key=lambda a: (groups[means[a]], counts[a]))
     candidates = [a for a, _ in counts.most_common(MAJORITY_CANDIDATES)]
     sample = rows[:200]
     gains = [sum(task.check(r, a)[1] for r in sample) for a in candidates]

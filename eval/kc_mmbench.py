@@ -25,6 +25,7 @@ from mm.common.errors import UserError
 from mm.common.files import read_json
 
 SUFFIX = "\n请直接给出结论，回答是或者否，不需要做额外分析，并且不许回答不确定"
+ASKED_ALREADY = (SUFFIX.strip(), "Answer yes or no directly")  # the second: the world's English rows
 COLUMNS = ("index", "question", "answer", "image_path")
 
 
@@ -62,13 +63,19 @@ def load_tasks(folder: str | Path, *, splits: Sequence[str] = TEST_SPLITS) -> li
 def _task(subset: Subset, root: Path, splits: Sequence[str], ceilings: dict) -> Task:
     rows, bad = read_tsv(root / "subsets" / f"{subset.file}.tsv", subset, root)
     rule = RULES[subset.kind]
-    ceiling = ceilings.get(subset.name, ceilings.get(subset.file, 1.0))
     return Task(
         subset.name, [r for r in rows if r.split in splits], [r for r in rows if r.split == "train"], root,
         rule.parse, rule.score, rule.chance, max_new_tokens=subset.max_new_tokens,
-        ceilings=ceiling if isinstance(ceiling, dict) else {"": float(ceiling)},
+        ceilings=_ceilings(ceilings, subset),
         judge=rule.judge, verdict=rule.verdict, bad=bad,
     )  # fmt: skip
+
+
+def _ceilings(found: dict, subset: Subset) -> dict[str, float]:
+    """{TASK: value, SPLIT: {TASK: value}} -> {"": value, SPLIT: value}; a task is named by its file or its name."""
+    levels = {"": found, **{k: v for k, v in found.items() if isinstance(v, dict)}}
+    named = {split: [v[n] for n in (subset.file, subset.name) if n in v] for split, v in levels.items()}
+    return {split: float(values[0]) for split, values in named.items() if values}
 
 
 # ---- files
@@ -130,14 +137,15 @@ def image_paths(text: str) -> list[str] | None:
 def _item(row: dict, subset: Subset, root: Path) -> Item:
     paths = [_below(root, p) for p in image_paths(row["image_path"]) or []]
     question = row["question"]
-    if subset.kind == "yes_no" and SUFFIX.strip() not in question:
+    if subset.kind == "yes_no" and not any(asked in question for asked in ASKED_ALREADY):
         question += SUFFIX
     content: list[dict] = [{"type": "image", "image": p} for p in paths]
     category = row.get("category") or ""
     words = re.split(r"[^a-z]+", category.casefold())
     split = next((w for w in words if w in ("seen", "unseen", "train")), "test")
+    kind = "/".join([str(len(paths)), *(w for w in words if w in ("en", "zh"))])
     return Item(
-        row["index"], subset.name, f"{subset.name}/{len(paths)}" if subset.kind != "json" else subset.name, split,
+        row["index"], subset.name, f"{subset.name}/{kind}", split,
         [{"role": "user", "content": [*content, {"type": "text", "text": question}]}], row["answer"].strip(),
         meta={"category": category},
     )  # fmt: skip

@@ -65,24 +65,24 @@ def _rules(name: str, nouns: list[str]) -> tuple[Callable, Callable, Callable, i
         return lambda text, item: scorers.normalise(scorers.strip_tags(text)) or None, same, chance_open, 16, "open"
     if name == "order":
         return parse_order, score_order, chance_of_order, 16, "closed"
-    return lambda text, item: scorers.parse_box(text), score_box, box_chance, 24, "open"
+    return lambda text, item: scorers.parse_box(text), score_box, box_chance, 48, "open"
 
 
 def first_object(task: str, caption: str, choices: Sequence[str], nouns: Sequence[str]) -> str | None:
     """The attribute a caption gives its first object, or None where it leaves it out.
 
     Colour: the last one said before the first shape; motion: the first one said after it and before
-    another shape. A caption without any shape (a bare word) gives the first choice it mentions.
+    the next shape. A caption without any shape (a bare word) gives the first choice it mentions.
     """
     said = scorers.mentions(caption, nouns)
     if not said or task == "caption_shape":
         return scorers.first_choice(caption, choices)
-    first, noun = said[0]
+    first = said[0][0]
     if task == "caption_colour":
         found = scorers.mentions(caption[:first], choices)
         return found[-1][1] if found else None
-    other = next((at for at, word in said if word != noun), None)
-    return scorers.first_choice(caption[first:other], choices)
+    following = said[1][0] if len(said) > 1 else None
+    return scorers.first_choice(caption[first:following], choices)
 
 
 def same(item: Item, parsed: Any) -> float:

@@ -81,10 +81,11 @@ def test_split_words_and_ceilings(folder):
         ("3", "q", "no", "a.png", "x"),
     ]
     write(folder, "SPU", rows, (*kc_mmbench.COLUMNS, "category"))
-    (folder / "ceilings.json").write_text(json.dumps({"SPU": {"seen": 0.9}, "High_like": 0.8}))
+    (folder / "ceilings.json").write_text(json.dumps({"SPU": 0.95, "High_like": 0.8, "unseen": {"SPU": 0.9}}))
     tasks = {t.name: t for t in kc_mmbench.load_tasks(folder, splits=("seen",))}
     assert [i.id for i in tasks["SPU"].items] == ["1"] and [i.id for i in tasks["SPU"].train] == ["2"]
-    assert tasks["SPU"].ceiling("seen") == 0.9 and tasks["SPU"].ceiling("unseen") == 1.0
+    assert tasks["SPU"].ceiling("seen") == 0.95 and tasks["SPU"].ceiling("unseen") == 0.9
+    assert tasks["CPV"].ceiling("seen") == 1.0
     assert tasks["High_like"].ceiling("seen") == 0.8
 
 
