@@ -1,0 +1,115 @@
+"""Written descriptions of scenes nobody drew: raw text that teaches the decoder the world's language.
+
+All words and all pairs may come here: a reader of books has met purple balls that no camera showed.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from data_mix.world import shop, text
+from data_mix.world.scene import draw_sign_text
+from data_mix.world.words import COLOURS, MATERIALS, MOTIONS, SHAPES, SIZES, full_phrase, phrase, say
+from mm.common.seeds import rng
+
+_ALL = tuple(itertools.product(COLOURS, SHAPES))
+
+
+def imagined(random: np.random.Generator, *, moving: bool) -> dict[str, Any]:
+    """A truth without a picture: things from left to right, events in order."""
+    n = int(random.integers(1, 5))
+    pairs = [_ALL[i] for i in random.permutation(len(_ALL))[:n]]
+    things = [
+        {"colour": c, "shape": s, "material": str(random.choice(MATERIALS)), "size": str(random.choice(SIZES))}
+        for c, s in pairs
+    ]
+    boxes = [[[10 + 60 * i, 20, 60 + 60 * i, 70]] for i in range(n)]
+    events = []
+    if moving:
+        for i in range(min(n, int(random.integers(1, 3)))):
+            t0 = 0.5 + 1.5 * i
+            events.append({"thing": i, "motion": str(random.choice(MOTIONS)), "t0": t0, "t1": t0 + 1.5})
+    signs = [{"text": draw_sign_text(random)}] if random.random() < 0.5 else []
+    return {"things": things, "events": events, "signs": signs, "boxes": [boxes, boxes], "seen": [[1.0] * n] * 2,
+            "width": 20 + 60 * n, "height": 100, "seconds": 4.0}  # fmt: skip
+
+
+def _questions(truth: dict, lang: str, random) -> list[text.Turn]:
+    """Only what the caption says: it names material and size of few things, and no places at the end."""
+    said = text.caption(truth, lang)
+    if truth["events"]:
+        asked = [t for t in text.clip_questions(truth, lang, random) if t["type"] not in ("when", "end_side", "count")]
+    else:
+        asked = text.still_questions(truth, lang, random)
+    out = []
+    for t in asked:
+        if t["type"] in ("material", "size") and not _told(truth, t, lang, said):
+            continue
+        out.append(t)
+    return out
+
+
+def _told(truth: dict, turn: text.Turn, lang: str, said: str) -> bool:
+    """Whether the caption gives the full phrase of the thing that the question is about."""
+    return any(
+        text.short(t, lang) in turn["q"] and text.long(t, lang) in said for t in truth["things"]
+    )  # fmt: skip
+
+
+def _shop_fact(random, lang: str) -> tuple[str, list[text.Turn]]:
+    c, s = _ALL[int(random.integers(len(_ALL)))]
+    thing = {"colour": c, "shape": s, "material": str(random.choice(MATERIALS)), "size": str(random.choice(SIZES))}
+    price = int(random.integers(3, 100))
+    name = full_phrase(c, s, thing["material"], thing["size"], lang)
+    title = shop.item_title(thing, lang, random, ["colour", "shape"])
+    if lang == "zh":
+        said = f"商品：{title}。这是一个{name}，价格¥{price}。"
+        return said, [{"q": f"{phrase(c, s, lang)}多少钱？", "a": f"¥{price}", "type": "price"},
+                      {"q": "商品是什么颜色？", "a": say(c, lang), "type": "colour"},
+                      {"q": "商品是什么材料？", "a": say(thing["material"], lang), "type": "material"}]  # fmt: skip
+    said = f"product: {title}. it is a {name} for ¥{price}."
+    return said, [{"q": f"What does the {phrase(c, s, lang)} cost?", "a": f"¥{price}", "type": "price"},
+                  {"q": "What colour is the product?", "a": c, "type": "colour"},
+                  {"q": "What is the product made of?", "a": thing["material"], "type": "material"}]  # fmt: skip
+
+
+def _gossip(random, lang: str) -> tuple[str, list[text.Turn]]:
+    row = shop.comment(random, lang)
+    author = str(random.choice(shop.AUTHORS))
+    yes = say("yes" if row["rude"] else "no", lang)
+    if lang == "zh":
+        return f"{author}的视频，评论：{row['text']}。", [{"q": "评论不当吗？", "a": yes, "type": "rude"}]
+    return f"a video by {author}. comment: {row['text']}.", [{"q": "Is the comment rude?", "a": yes, "type": "rude"}]
+
+
+def _drawn(seed: int, name: str) -> tuple[str, str, list[text.Turn]]:
+    random = rng(seed, "text", name)
+    lang = "zh" if random.random() < 0.25 else "en"
+    kind = random.random()
+    if kind < 0.82:
+        truth = imagined(random, moving=kind < 0.5)
+        said, turns = text.caption(truth, lang), _questions(truth, lang, random)
+    else:
+        said, turns = (_shop_fact if kind < 0.94 else _gossip)(random, lang)
+    return lang, said, [turns[i] for i in random.permutation(len(turns))][: int(random.integers(1, 5))]
+
+
+def document(seed: int, index: int) -> dict[str, Any]:
+    """{"role": "text"}: a description, most often with questions and answers after it."""
+    lang, said, turns = _drawn(seed, f"text-{index:06d}")
+    lines = [said] + [f"{t['q']} {t['a']}" for t in turns] * (index % 4 != 0)
+    return {"messages": [{"role": "text", "content": "\n".join(lines)}], "family": "text", "meta": {"lang": lang}}
+
+
+def chat(seed: int, index: int) -> dict[str, Any]:
+    """The same as a conversation: the description in the first question."""
+    lang, said, turns = _drawn(seed, f"chat-{index:06d}")
+    messages: list[dict] = []
+    for i, t in enumerate(turns):
+        ask = f"{said}\n{t['q']}" if i == 0 else t["q"]
+        messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": t["a"]}]
+    if not messages:
+        q = "重复一遍。" if lang == "zh" else "Repeat this."
+        messages = [{"role": "user", "content": f"{q}\n{said}"}, {"role": "assistant", "content": said}]
+    return {"messages": messages, "family": "text_chat", "meta": {"lang": lang}}

@@ -1,0 +1,233 @@
+"""From clips and stills to training conversations about clips and to the rows of WORLD/eval."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_mix.world import stills, text
+from data_mix.world.scene import FPS, draw_sign_text
+from data_mix.world.words import (
+    COLOUR_SHAPE,
+    COLOURS,
+    HELD_COLOUR_SHAPE,
+    HELD_SHAPE_MOTION,
+    MOTIONS,
+    SHAPE_MOTION,
+    SHAPES,
+    held_out,
+)
+from mm.common.seeds import rng
+
+EVAL_TASKS = ("caption_colour", "caption_shape", "caption_motion", "counting", "ocr", "order", "grounding")
+Hero = tuple[str, str, str]  # colour, shape, motion
+
+TRAIN_HEROES: tuple[Hero, ...] = tuple((c, s, m) for c, s in COLOUR_SHAPE for z, m in SHAPE_MOTION if z == s)
+UNSEEN_COLOUR: tuple[Hero, ...] = tuple((c, s, m) for c, s in HELD_COLOUR_SHAPE for m in MOTIONS)
+UNSEEN_MOTION: tuple[Hero, ...] = tuple((c, s, m) for s, m in HELD_SHAPE_MOTION for c, z in COLOUR_SHAPE if z == s)
+
+
+class Deck:
+    """Draws cells so that each single factor, and each pair of neighbouring factors, comes equally often."""
+
+    def __init__(self, random: np.random.Generator, width: int = 16):
+        self.random, self.width, self.used = random, width, Counter[Any]()
+
+    def draw(self, cells: Sequence[tuple]) -> tuple:
+        tried = [cells[int(i)] for i in self.random.integers(len(cells), size=self.width)]
+        best = min(tried, key=self._cost)
+        self.used.update(self._faces(best))
+        return best
+
+    def _cost(self, cell: tuple) -> float:
+        return sum(self.used[f] * (3 if len(f) == 2 else 2) for f in self._faces(cell))
+
+    @staticmethod
+    def _faces(cell: tuple) -> list[tuple]:
+        singles = [(i, v) for i, v in enumerate(cell)]
+        return singles + [(i, *cell[i : i + 2]) for i in range(len(cell) - 1)]
+
+
+def clip_specs(seed: int, split: str, n: int, second: Sequence[bool]) -> list[tuple[str, Hero, bool]]:
+    """(name, hero, whether a second thing acts) of each clip; split: train | seen | unseen."""
+    deck, out = Deck(rng(seed, "deck", split)), []
+    start = {"train": 0, "seen": 500_000, "unseen": 600_000}[split]
+    for i in range(n):
+        cells = TRAIN_HEROES if split != "unseen" else (UNSEEN_COLOUR, UNSEEN_MOTION)[i % 2]
+        out.append((f"clip-{start + i:06d}", deck.draw(cells), second[i % len(second)]))
+    return out
+
+
+def language(random: np.random.Generator) -> str:
+    return "zh" if random.random() < 0.2 else "en"
+
+
+def _video(frames: list[int] | None = None) -> list[dict]:
+    part: dict[str, Any] = {"type": "video", "video": "mp4"}
+    return [{**part, "frames": frames} if frames else part]
+
+
+def caption_turn(truth: dict, lang: str, random: np.random.Generator) -> text.Turn:
+    """Half with the plainest request, the one that the evaluation uses."""
+    k = 0 if random.random() < 0.5 else int(random.integers(1, 3))
+    return {"type": "caption", "q": text.REQUESTS["video", lang][k], "a": text.caption(truth, lang)}
+
+
+def video_caption(truth: dict, random: np.random.Generator) -> dict:
+    lang = language(random)
+    return stills.conversation(_video(), [caption_turn(truth, lang, random)], "video_caption", {"lang": lang})
+
+
+def video_qa(truth: dict, random: np.random.Generator) -> dict:
+    """Four to eight turns; about half begin with the caption."""
+    lang = language(random)
+    turns = text.clip_questions(truth, lang, random)[: int(random.integers(4, 8))]
+    if random.random() < 0.55:
+        turns = [caption_turn(truth, lang, random), *turns]
+    return stills.conversation(_video(), turns, "video_qa", {"lang": lang})
+
+
+def _places(truth: dict) -> list[np.ndarray]:
+    """Per sampled frame: the centres of all parts and which things are there, in short sides."""
+    side = min(truth["width"], truth["height"])
+    out = []
+    for frame in truth["boxes"]:
+        row: list[float] = []
+        for parts in frame:
+            xs = [((b[0] + b[2]) / 2 / side, (b[1] + b[3]) / 2 / side) for b in parts[:2]]
+            first, last = (xs[0], xs[-1]) if xs else ((-1.0, -1.0), (-1.0, -1.0))
+            row += [*first, *last, float(len(parts))]
+        out.append(np.array(row))
+    return out
+
+
+def reorder(truth: dict, random: np.random.Generator) -> dict | None:
+    """Four to six sampled frames, shuffled; the question says what happens, so that time has a direction.
+
+    None where fewer than four frames are plainly different (or a bounce makes them repeat).
+    """
+    if any(e["motion"] == "bounces" for e in truth["events"]):
+        return None
+    places, kept = _places(truth), []
+    for i, p in enumerate(places):
+        if all(np.abs(p - places[j]).max() >= 0.08 for j in kept):
+            kept.append(i)
+    if len(kept) < 4:
+        return None
+    kept = sorted(int(i) for i in random.permutation(kept)[: min(6, len(kept))])
+    while (order := [int(i) for i in random.permutation(len(kept))]) == sorted(order):
+        pass
+    lang = language(random)
+    story = text.caption({**truth, "signs": []}, lang)
+    q = f"帧被打乱了。{story}写出正确的顺序。" if lang == "zh" else f"The frames are shuffled: {story} Give the right order."
+    answer = " ".join(str(order.index(i) + 1) for i in range(len(kept)))
+    turn = {"type": "reorder", "q": q, "a": answer}
+    return stills.conversation(_video([kept[i] for i in order]), [turn], "reorder", {"lang": lang})
+
+
+def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, dict]:
+    """{source: sample} of a training clip; `family`: video_caption or video_qa."""
+    random = rng(seed, "talk", name)
+    samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
+    mixed = reorder(truth, rng(seed, "reorder", name))
+    if mixed:
+        samples["reorder"] = mixed
+    facts = {
+        "kind": "video", "width": truth["width"], "height": truth["height"], "frames": truth["frames"],
+        "fps": float(FPS), "seconds": truth["seconds"], "rotation": 0, "audio": True,
+    }  # fmt: skip
+    for s in samples.values():
+        s["media"], s["meta"]["clip"] = {"mp4": facts}, name
+    return samples
+
+
+def eval_row(task: str, split: str, number: int, media: str, turn: text.Turn, choices, meta: dict) -> dict[str, Any]:
+    kind = "video" if media.endswith(".mp4") else "image"
+    content = [{"type": kind, kind: media}, {"type": "text", "text": turn["q"]}]
+    return {"id": f"{task}-{split}-{number:04d}", "task": task, "type": turn["type"], "split": split,
+            "messages": [{"role": "user", "content": content}], "answer": turn["a"], "choices": choices,
+            "meta": meta}  # fmt: skip
+
+
+def clip_rows(seed: int, split: str, media: str, truth: dict, number: int) -> list[dict]:
+    """The caption rows and (where two act) the order row of one clip, in English."""
+    hero, motion = truth["things"][truth["events"][0]["thing"]], truth["events"][0]["motion"]
+    random = rng(seed, "eval", media)
+    held = [n for n, hit in (("colour_shape", (hero["colour"], hero["shape"]) in HELD_COLOUR_SHAPE),
+                             ("shape_motion", (hero["shape"], motion) in HELD_SHAPE_MOTION)) if hit]  # fmt: skip
+    assert held_out(hero["colour"], hero["shape"], motion) == bool(held)
+    meta = {"hero": {**hero, "motion": motion}, "held": held, "caption": text.caption(truth, "en"), "lang": "en"}
+    rows = []
+    for task, answer, choices in (
+        ("caption_colour", hero["colour"], COLOURS), ("caption_shape", hero["shape"], SHAPES),
+        ("caption_motion", motion, MOTIONS),
+    ):  # fmt: skip
+        turn = {"type": "caption", "q": text.REQUESTS["video", "en"][0], "a": answer}
+        rows.append(eval_row(task, split, number, media, turn, list(choices), meta))
+    if len(truth["events"]) > 1:
+        turn = text.order(truth, "en", random)
+        names = [text.short(truth["things"][e["thing"]], "en") for e in truth["events"]]
+        rows.append(eval_row("order", split, number, media, turn, sorted(names, key=turn["q"].index), meta))
+    return rows
+
+
+def clip_count_row(split: str, media: str, truth: dict, number: int) -> dict | None:
+    turn = text.count(truth, "en", *((0, "start") if number % 2 else (-1, "end")))
+    if turn is None:
+        return None
+    return eval_row("counting", split, number, media, turn, list("12345"), {"media": "video", "lang": "en"})
+
+
+def eval_still(seed: int, task: str, split: str, index: int, pair: tuple[str, str], k: int) -> dict[str, Any]:
+    """A test still about `pair` for counting (answer k), ocr or grounding: {"file", "jpg", "row", "truth"}."""
+    random = rng(seed, "eval_still", task, split, index)
+    file = f"stills/test/{task}-{split}-{index:04d}.jpg"
+    if task == "counting":
+        kind = stills.KINDS[index % 4]
+        jpg, truth = stills.counting_picture(random, kind, k, pair)
+        turn = {"type": "count", "q": stills.count_question(kind, pair, "en"), "a": str(k)}
+    else:
+        signs = [draw_sign_text(random)] if task == "ocr" or random.random() < 0.3 else []
+        n = int(random.integers(1, 4)) if task == "ocr" else int(random.integers(2, 5))
+        while True:
+            jpg, truth = stills.picture(random, stills.distinct_pairs(random, n, pair), signs=signs)
+            if truth["seen"][0][0] > 0.6:
+                break
+        if task == "ocr":
+            turn = {"type": "ocr", "q": text.SIGN_REQUESTS["en"][0], "a": signs[0]}
+        else:
+            box = stills.thousand(truth["boxes"][0][0][0], truth)
+            answer = "[[" + ",".join(map(str, box)) + "]]"
+            turn = {"type": "box", "q": stills.box_question(truth["things"][0], "en"), "a": answer}
+    row = still_row(task, split, index, file, turn, truth)
+    return {"file": file, "jpg": jpg, "row": row, "truth": truth}
+
+
+def still_row(task: str, split: str, number: int, file: str, turn: text.Turn, truth: dict) -> dict[str, Any]:
+    hero = truth["things"][0]
+    held = ["colour_shape"] if (hero["colour"], hero["shape"]) in HELD_COLOUR_SHAPE else []
+    meta = {"media": "image", "lang": "en", "hero": hero, "held": held, "width": truth["width"], "height": truth["height"]}
+    return eval_row(task, split, number, file, turn, list("12345") if task == "counting" else None, meta)
+
+
+_PROBE = {"counting": "count", "ocr": "ocr", "grounding": "box"}
+
+
+def probe_row(family: str, sample: dict, truth: dict, number: int) -> tuple[str, dict] | None:
+    """(file, row) of split "train" from an English training still of `family`; None where no turn fits."""
+    task = family
+    if sample["meta"]["lang"] != "en":
+        return None
+    messages = sample["messages"]
+    for i, kind in enumerate(sample["meta"]["types"]):
+        answer = messages[2 * i + 1]["content"]
+        if kind != _PROBE[task] or answer == "0":
+            continue
+        content = messages[2 * i]["content"]
+        q = content if isinstance(content, str) else content[-1]["text"]
+        if task == "grounding":
+            answer = answer.split("<|box_start|>")[1].split("<|box_end|>")[0]
+        file = f"stills/train/{task}-{number:04d}.jpg"
+        return file, still_row(task, "train", number, file, {"type": kind, "q": q, "a": answer}, truth)
+    return None

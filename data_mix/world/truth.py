@@ -1,0 +1,79 @@
+"""The truth of a scene as plain JSON, and drawn media with it."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from data_mix.world import encode, motion, scene, sound
+from data_mix.world.render import Stage
+from data_mix.world.scene import FPS, Scene, crowding, draw_light, draw_thing, place_sign, rest
+from mm.common.seeds import rng
+
+
+def truth_of(stage: Stage, sounds: list[dict]) -> dict[str, Any]:
+    """Things, events (seconds), signs, and per sampled frame the tight boxes [thing][part][x1, y1, x2, y2] in px
+    of the clip and the visible share of each thing; sounds: onset, kind, thing, pan, gain."""
+    s = stage.scene
+    n = range(len(s.things))
+    events = [{k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(e).items()} for e in s.events]
+    for e in events:
+        e["hits"] = [round(h, 3) for h in e["hits"]]
+    return {
+        "width": s.width, "height": s.height, "frames": s.frames, "fps": FPS,
+        "seconds": round(s.seconds, 3) if s.frames > 1 else 0, "background": s.background, "light": s.light,
+        "things": [{k: getattr(t, k) for k in ("colour", "shape", "material", "size")} for t in s.things],
+        "events": events, "signs": [{"text": g.text, "box": list(g.box)} for g in s.signs],
+        "sampled": [int(i) for i in s.sampled], "times": [round(float(i) / FPS, 3) for i in s.sampled],
+        "boxes": [[stage.boxes(i, int(f)) for i in n] for f in s.sampled],
+        "seen": [stage.seen(int(f)) for f in s.sampled], "sounds": sounds,
+    }  # fmt: skip
+
+
+def make_clip(seed: int, name: str, hero: tuple[str, str, str], *, second: bool) -> tuple[list[np.ndarray], bytes, dict]:
+    """(frames before encoding uint8 [h, w, 3], mp4 bytes, truth) of clip `name`."""
+    s = motion.clip_scene(hero, rng(seed, "motion", name), second=second)
+    stage = Stage(s, rng(seed, "look", name))
+    frames = [stage.frame(i) for i in range(s.frames)]
+    wave, sounds = sound.soundtrack(s, rng(seed, "sound", name))
+    return frames, encode.mp4(frames, FPS, wave), truth_of(stage, sounds)
+
+
+def still_scene(
+    random: np.random.Generator, things: list[tuple[tuple[str, str], dict]], *, signs: list[str] | None = None,
+    size: tuple[int, int] | None = None, scale: float = 1.0, limit: float = 0.25,
+) -> Scene:  # fmt: skip
+    """Things = [((colour, shape), {optional size, material, x: 0..1})] laid out so that none hides much.
+
+    Things that find no room (never the first) are left out; smaller ones are tried first.
+    """
+    width, height = size or scene.STILL_SIZES[int(random.integers(len(scene.STILL_SIZES)))]
+    s = Scene(width, height, 1, str(random.choice(scene.BACKGROUNDS)), [], light=draw_light(random))
+    free: tuple[int, ...] = (0, 0, width, height)
+    for text in signs or []:
+        plate, rest_of = place_sign(text, width, height, random)
+        if not s.signs:
+            s.signs, free = [plate], rest_of
+    for pair, fixed in things:
+        fixed = dict(fixed)
+        where = fixed.pop("x", None)
+        for attempt in range(40):
+            thing = draw_thing(pair, s.short, random, scale=scale * (1 - 0.015 * attempt), **fixed)
+            r = thing.side / 2 + 2
+            x0, y0, x1, y1 = free[0] + r, free[1] + r, free[2] - r, free[3] - r
+            if x1 <= x0 or y1 <= y0:
+                continue
+            x = x0 + where * (x1 - x0) if where is not None else random.uniform(x0, x1)
+            rest(thing, x, random.uniform(y0, y1), 1)
+            if crowding(thing, s.things, np.array([0])) <= limit:
+                s.things.append(thing)
+                break
+    s.depth = [int(i) for i in random.permutation(len(s.things))]
+    return s
+
+
+def make_still(s: Scene, random: np.random.Generator) -> tuple[np.ndarray, bytes, dict]:
+    """(picture uint8 [h, w, 3], jpg bytes, truth)."""
+    stage = Stage(s, random)
+    picture = stage.frame(0)
+    return picture, encode.jpeg(picture), truth_of(stage, [])
