@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -190,7 +191,8 @@ class _Worker:
             root = str(Path(__file__).resolve().parents[1])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from data_mix.decode import work; work()", str(theirs.fileno())],
+                [sys.executable, "-c", "from data_mix.decode import work; work()", str(theirs.fileno()),
+                 str(os.getpid())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
@@ -233,7 +235,8 @@ class _Worker:
 def work() -> None:
     """The worker's main loop: jobs in, cache entries or frames out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    pipe = Connection(int(sys.argv[1]))
+    pipe, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         processor, folder = pipe.recv()
         cache = FrameCache(folder, max_bytes=sys.maxsize) if folder else None  # the parent evicts
@@ -241,6 +244,13 @@ def work() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # codecs babble
         while True:
             _answer(pipe, pipe.recv(), processor, cache)
+
+
+def _end_with(parent: int) -> None:
+    """A worker that hangs in a clip never looks at its pipe: without its parent it has no business."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _answer(pipe: Connection, job: Job, processor: Any, cache: FrameCache | None) -> None:
