@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from mm.common.errors import BadSample
@@ -173,6 +174,7 @@ class _Clip:
 
     def __init__(self, src: Source):
         self.src = src
+        self.converter = VideoReformatter()
         with _container(src) as (container, stream):
             self.table = _scan(container, stream)
             rate = _rate(stream, self.table)
@@ -237,7 +239,9 @@ class _Clip:
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         if frame.is_corrupt:
             raise BadSample("damaged video")
-        return np.rot90(frame.to_ndarray(format="rgb24"), k=self.turns)
+        # one converter for the clip: PyAV would otherwise make one, with a thread per core, for every frame
+        rgb = self.converter.reformat(frame, format="rgb24", threads=1)
+        return np.rot90(rgb.to_ndarray(), k=self.turns)
 
 
 _stderr_lock = threading.Lock()

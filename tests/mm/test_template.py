@@ -37,7 +37,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    words = ["system\nYou are a helpful assistant.", "user\nWhat is this?", "assistant\nA dog. Yes", "两个球。", "?!\n\n"]
+    words = ["system\nYou are a helpful assistant.", "user\nWhat is this?", "assistant\nA dog.", "两个球。", "?!\n\n"]
     return Tokenizer.train(words * 20, 500)
 
 
@@ -120,7 +120,9 @@ def test_raw_documents(tokenizer):
 
 
 def test_truncation_drops_whole_exchanges(tokenizer):
-    messages = [user(IMAGE, say("one")), assistant("1"), user(VIDEO, say("two")), assistant("2"), user("x"), assistant("3")]
+    messages = [
+        user(IMAGE, say("one")), assistant("1"), user(VIDEO, say("two")), assistant("2"), user("x"), assistant("3"),
+    ]  # fmt: skip
     counts = [5, 7]
     ends = [len(encode(messages[:n], tokenizer, counts[: n // 2]).input_ids) for n in (2, 4, 6)]
     for budget in range(ends[0], ends[2] + 2):
