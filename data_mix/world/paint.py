@@ -92,7 +92,7 @@ def _materials(material: str, lit: np.ndarray, shine: np.ndarray, normal: np.nda
         wave = _smooth_noise(random, (4, 3), n) * 5
         turn = random.uniform(-0.5, 0.5)
         grain = 0.5 + 0.5 * np.sin((x * np.cos(turn) + y * np.sin(turn)) * 16 + wave * 2.2)
-        return (0.62 + 0.42 * lit) * (0.56 + 0.5 * grain), shine**8 * 0.08, np.ones_like(lit)
+        return (0.62 + 0.42 * lit) * (0.66 + 0.38 * grain), shine**8 * 0.08, np.ones_like(lit)
     if material == "metal":
         sky = 0.5 + 0.5 * np.sin(normal[1] * 5.5 + normal[0] * 2.0 + random.uniform(0, 1.5))
         return 0.3 + 0.45 * lit + 0.6 * sky**2, np.clip(shine**14 * 0.9 + (sky > 0.93) * 0.4, 0, 1), np.ones_like(lit)

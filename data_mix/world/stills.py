@@ -98,7 +98,7 @@ def _caption(random, lang: str) -> tuple[list[dict], list[bytes], list[Turn]]:
     jpg, truth = picture(random, distinct_pairs(random, int(random.integers(1, 5))), signs=_maybe_sign(random, 0.4))
     request = text.REQUESTS["image", lang][0 if random.random() < 0.5 else int(random.integers(1, 3))]
     first = {"type": "caption", "q": request, "a": text.caption(truth, lang)}
-    return [truth], [jpg], [first, *text.still_questions(truth, lang, random)[:3]]
+    return [truth], [jpg], [first, *text.still_questions(truth, lang, random, first["a"])[:3]]
 
 
 def _maybe_sign(random: np.random.Generator, share: float) -> list[str]:
@@ -114,7 +114,7 @@ def _ocr(random, lang: str):
     jpg, truth = picture(random, distinct_pairs(random, int(random.integers(1, 4))), signs=[draw_sign_text(random)])
     a, b = text.SIGN_REQUESTS[lang]
     read = [{"type": "ocr", "q": a if random.random() < 0.5 else b, "a": truth["signs"][0]["text"]}]
-    rest = text.still_questions(truth, lang, random)
+    rest = [t for t in text.still_questions(truth, lang, random) if t["type"] != "ocr"]
     if random.random() < 0.5:
         read.append(sign_box(truth["signs"][0], truth, lang))
     return [truth], [jpg], text.distinct(read + rest)[:4]

@@ -80,12 +80,11 @@ def video_caption(truth: dict, random: np.random.Generator) -> dict:
 
 
 def video_qa(truth: dict, random: np.random.Generator) -> dict:
-    """Four to eight turns; about half begin with the caption."""
+    """Four to eight turns; about half begin with the caption and go on to what it does not say."""
     lang = language(random)
-    turns = text.clip_questions(truth, lang, random)[: int(random.integers(4, 8))]
-    if random.random() < 0.55:
-        turns = [caption_turn(truth, lang, random), *turns]
-    return stills.conversation(_video(), turns, "video_qa", {"lang": lang})
+    first = [caption_turn(truth, lang, random)] if random.random() < 0.55 else []
+    turns = text.clip_questions(truth, lang, random, first[0]["a"] if first else "")
+    return stills.conversation(_video(), [*first, *turns[: int(random.integers(4, 8))]], "video_qa", {"lang": lang})
 
 
 def _places(truth: dict) -> list[np.ndarray]:

@@ -143,6 +143,11 @@ def sign(truth: dict, lang: str, random: np.random.Generator) -> Turn:
     return _t("sign", lang, "Is there a sign?", "有牌子吗？", say("yes" if truth["signs"] else "no", lang))
 
 
+def _sign_asked(truth: dict, lang: str, random: np.random.Generator) -> list[Turn]:
+    """Always about a sign that is there; seldom about one that is not."""
+    return [sign(truth, lang, random)] if truth["signs"] or random.random() < 0.3 else []
+
+
 def beside(truth: dict, lang: str, random: np.random.Generator) -> list[Turn]:
     """Left or right of one another, where the gap is clear."""
     order, boxes, out = left_to_right(truth), truth["boxes"][0], []
@@ -219,30 +224,48 @@ def ends(truth: dict, lang: str) -> Turn | None:
               say("left" if x < 0.5 else "right", lang))  # fmt: skip
 
 
-def clip_questions(truth: dict, lang: str, random: np.random.Generator) -> list[Turn]:
-    """Every question that the clip answers, most telling kinds first in a loose random order."""
+def clip_questions(truth: dict, lang: str, random: np.random.Generator, said: str = "") -> list[Turn]:
+    """Every question that the clip answers, those about what happens first; `said` is what was told before."""
     events = truth["events"]
     movers = [truth["things"][e["thing"]] for e in events]
-    first: list[Turn | None] = [actor(truth, lang), *(action(truth, e, lang) for e in events)]
-    if len(events) > 1:
-        first.append(order(truth, lang, random))
-    else:
-        first.append(does(truth, events[0], lang, random))
+    who = order(truth, lang, random) if len(events) > 1 and random.random() < 0.6 else actor(truth, lang)
+    acts = [action(truth, e, lang) for e in events]
+    first = [who, *acts, does(truth, events[int(random.integers(len(events)))], lang, random)]
     rest: list[Turn | None] = [
-        *attributes(truth, lang, random, movers)[:3], count(truth, lang, 0, "start"),
-        count(truth, lang, -1, "end"), ends(truth, lang), sign(truth, lang, random), present(truth, lang, random),
-        when(truth, events[int(random.integers(len(events)))], lang), *attributes(truth, lang, random)[:1],
+        *attributes(truth, lang, random, movers)[:4], count(truth, lang, 0, "start"),
+        count(truth, lang, -1, "end"), ends(truth, lang), *_sign_asked(truth, lang, random), present(truth, lang, random),
+        when(truth, events[int(random.integers(len(events)))], lang), *attributes(truth, lang, random)[:2],
     ]  # fmt: skip
-    picked = [first[i] for i in random.permutation(len(first))] + [rest[i] for i in random.permutation(len(rest))]
-    return distinct([t for t in picked if t])
+    picked = _mixed(first, random)[: 2 if random.random() < 0.5 else 3] + _mixed(rest, random)
+    return unspoiled(distinct([t for t in picked if t]), said)
 
 
-def still_questions(truth: dict, lang: str, random: np.random.Generator) -> list[Turn]:
+def still_questions(truth: dict, lang: str, random: np.random.Generator, said: str = "") -> list[Turn]:
     turns: list[Turn | None] = [
-        *attributes(truth, lang, random)[:6], *beside(truth, lang, random)[:2], count(truth, lang),
-        sign(truth, lang, random), present(truth, lang, random), present(truth, lang, random),
+        *attributes(truth, lang, random)[:8], *beside(truth, lang, random)[:2], count(truth, lang),
+        *_sign_asked(truth, lang, random), present(truth, lang, random), present(truth, lang, random),
     ]  # fmt: skip
-    return distinct([turns[i] for i in random.permutation(len(turns)) if turns[i]])
+    return unspoiled(distinct([t for t in _mixed(turns, random) if t]), said)
+
+
+def _mixed(turns: list[Any], random: np.random.Generator) -> list[Any]:
+    return [turns[i] for i in random.permutation(len(turns))]
+
+
+def unspoiled(turns: list[Turn], said: str = "") -> list[Turn]:
+    """Without the questions whose answer stands in what was said before: they teach copying, not looking.
+
+    Yes and no, numbers and places are kept: they would be skewed, or stand there by chance.
+    """
+    out: list[Turn] = []
+    captioned = bool(said)
+    for t in turns:
+        telling = t["type"] in ("colour", "shape", "material", "size", "motion", "actor", "ocr", "order")
+        if telling and (t["a"] in said or (captioned and t["type"] in ("actor", "order"))):
+            continue
+        out.append(t)
+        said += " " + t["a"] if t["type"] == "order" else f" {t['q']} {t['a']}"
+    return out
 
 
 def distinct(turns: list[Any]) -> list[Turn]:
