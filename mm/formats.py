@@ -210,6 +210,11 @@ def load_siglip(model: Keye | ContrastiveModel, folder: str | Path) -> None:
     )  # fmt: skip
 
 
+def fill_keye(model: Keye, folder: str | Path) -> None:
+    """Fill all of `model` from a Keye folder, published or ours, in place; strictly, as `load_keye`."""
+    _fill(model, Path(folder), lambda n: n, lambda n: UNUSED.match(n) is not None)
+
+
 def load_keye(
     folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Keye:

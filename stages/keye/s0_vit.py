@@ -8,9 +8,32 @@ and 2-D RoPE, the text tower also from SigLIP, about 500 B tokens. Not published
 batch, temperature start. At tiny both towers start from nothing.
 """
 
+from dataclasses import dataclass
+
 from data_mix.mix import SourceSpec
 from mm.sizes import SIZES
 from stages.stage import Budget, ObjectiveSpec, Optim, Stage
+from vision.text_tower import TextConfig
+from vision.vit import VisionConfig
+
+
+@dataclass(frozen=True)
+class Towers:
+    vision: VisionConfig
+    text: TextConfig
+
+
+def text_tower(vocab: int, hidden: int, mlp: int, layers: int, heads: int) -> TextConfig:
+    return TextConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                      num_attention_heads=heads, projection_size=hidden)  # fmt: skip
+
+
+# SigLIP's own numbers at small (base) and 8b (so400m); its tokenizer has 32,000 entries.
+TEXTS = {
+    "tiny": text_tower(2048, 128, 256, 2, 4),
+    "small": text_tower(32_000, 768, 3072, 12, 12),
+    "8b": text_tower(32_000, 1152, 4304, 27, 16),
+}
 
 BUDGETS = {
     "tiny": Budget(tokens=1024, visual_tokens=512, packs_per_step=1, steps=500),
@@ -27,7 +50,8 @@ OPTIM = {
 
 def stage(size: str) -> Stage:
     return Stage(
-        name="keye.s0_vit", size=size, doc=__doc__, model=SIZES[size],
+        name="keye.s0_vit", size=size, doc=__doc__,
+        model=Towers(SIZES[size].vision, TEXTS[size]),
         start=["scratch"] if size == "tiny" else ["siglip"],
         train={"*": 1.0},
         mix=[SourceSpec("vit_pairs", 1.0, "samples")],

@@ -1,0 +1,148 @@
+"""From a stage's page to a finished run: tokenizer, weights to start from, data, then the engine."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_mix.loader import Loader
+from data_mix.mix import Mix, SourceSpec
+from data_mix.pack import PackPlan
+from data_mix.shards import Source
+from mm import formats
+from mm.common import dist
+from mm.common.config import nearest
+from mm.common.errors import UserError
+from mm.common.files import atomic_folder, read_json
+from mm.keye import Keye, KeyeConfig
+from mm.processor import Processor
+from mm.sizes import PROCESSORS
+from mm.tokenizer import Tokenizer
+from stages.engine.train import train
+from stages.stage import Stage
+from vision.text_tower import ContrastiveModel, TextTower
+from vision.vit import VisionTower
+
+VOCABULARY = 2048  # of the tokenizer that tiny trains on the world's text
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a run is given besides the stage: where artifacts and data lie, and how to work.
+
+    artifacts: name -> folder (world, tokenizer, text, s0_vit, ..., or qwen3 and siglip given by the user).
+    data: source name -> source folder, for those that do not come from the world.
+    """
+
+    artifacts: dict[str, Path]
+    data: dict[str, Path]
+    cache: Path | None = None
+    workers: int = 1
+    quiet: bool = False
+
+    def artifact(self, name: str, needed_by: str) -> Path:
+        if name not in self.artifacts:
+            raise UserError(
+                f"{needed_by} starts from {name!r}, which is not here: run the stage that makes it, name a run with "
+                f"--from, or (qwen3, siglip) give a local Hugging Face folder with --{name} FOLDER"
+            )
+        return self.artifacts[name]
+
+
+def train_tokenizer(world: Path, folder: Path) -> None:
+    """A byte-level BPE over all text of the world's sources, with Keye's special tokens."""
+    with atomic_folder(folder) as temporary:
+        Tokenizer.train(texts(world), VOCABULARY).save(temporary)
+
+
+def texts(world: Path) -> Iterable[str]:
+    for folder in sorted((world / "sources").iterdir()):
+        source = Source(folder)
+        for i in range(len(source)):
+            for message in source.sample(i)["messages"]:
+                content = message["content"]
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                yield from (p["text"] for p in parts if p["type"] == "text")
+
+
+def tokenizer_of(stage: Stage, means: Means) -> Tokenizer:
+    """The tokenizer of whatever the stage starts from; at tiny the one trained on the world."""
+    for name in (*stage.start, "tokenizer", "qwen3"):
+        folder = means.artifacts.get(name)
+        if folder is not None and (folder / "tokenizer.json").exists():
+            return Tokenizer.load(folder)
+    raise UserError(f"{stage.name}: none of {', '.join(stage.start)} holds a tokenizer.json; give --qwen3 FOLDER")
+
+
+def build(stage: Stage, tokenizer: Tokenizer, means: Means) -> nn.Module:
+    """The model with fresh weights, then what it starts from laid over them in order, strictly by name."""
+    model: Keye | ContrastiveModel
+    if isinstance(stage.model, KeyeConfig):
+        model = Keye(stage.model.bound(tokenizer))
+    else:
+        model = ContrastiveModel(VisionTower(stage.model.vision), TextTower(stage.model.text))
+        if tokenizer.vocab_size > stage.model.text.vocab_size:
+            raise UserError(f"{stage.name}: the tokenizer has {tokenizer.vocab_size} entries, model.text.vocab_size "
+                            f"is {stage.model.text.vocab_size}; the text tower needs the tokenizer it was made with")
+    model.init_weights(stage.seed)
+    for name in stage.start:
+        if name != "scratch":
+            lay_over(model, means.artifact(name, stage.name))
+    return model
+
+
+def lay_over(model: Keye | ContrastiveModel, folder: Path) -> None:
+    """Weights of a Qwen3, SigLIP or Keye folder into the parts of `model` that they are for."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind == "siglip":
+        formats.load_siglip(model, folder)
+    elif kind == "qwen3" and isinstance(model, Keye):
+        formats.load_qwen3(model, folder)
+    elif kind in ("Keye", "KeyeVL1_5") and isinstance(model, Keye):
+        formats.fill_keye(model, folder)
+    else:
+        raise UserError(f"{folder}: a {kind!r} checkpoint has no part in a {type(model).__name__}")
+
+
+def sources(stage: Stage, means: Means) -> list[SourceSpec]:
+    """The stage's mix with every name resolved: given by the user, a folder of that path, or the world's."""
+    unknown = set(means.data) - {str(s.path) for s in stage.mix}
+    if unknown:
+        name, known = min(unknown), [str(s.path) for s in stage.mix]
+        raise UserError(f"--data {name}: {stage.name} has no such source{nearest(name, known)}")
+    found = []
+    for spec in stage.mix:
+        name = str(spec.path)
+        world = means.artifacts.get("world")
+        places = [means.data.get(name), Path(name), world / "sources" / name if world else None]
+        place = next((p for p in places if p is not None and (p / "source.json").exists()), None)
+        if place is None:
+            raise UserError(f"{stage.name}: source {name!r} is not here; give it with --data {name}=FOLDER")
+        found.append(replace(spec, path=str(place)))
+    return found
+
+
+def load_data(stage: Stage, tokenizer: Tokenizer, processor: Processor, means: Means) -> Loader:
+    plan = PackPlan(
+        Mix(sources(stage, means), stage.seed), processor, tokenizer, stage.budget.tokens, stage.budget.visual_tokens,
+        stage.seed, kind="pairs" if stage.objective.name == "contrastive" else "packs",
+    )  # fmt: skip
+    return Loader(
+        plan, packs_per_step=stage.budget.packs_per_step, rank=dist.rank(), ranks=dist.world_size(),
+        workers=means.workers, cache_dir=means.cache,
+    )  # fmt: skip
+
+
+def run(stage: Stage, folder: Path, means: Means, *, device: torch.device | str = "cpu") -> Path:
+    """Train `stage` in `folder`; returns the folder of the model it hands on. Raises as the engine does."""
+    tokenizer, processor = tokenizer_of(stage, means), PROCESSORS[stage.size]
+    model = build(stage, tokenizer, means)
+
+    def hand_on(where: Path, whole: Any) -> None:
+        formats.save(where, whole, processor, tokenizer)
+
+    with load_data(stage, tokenizer, processor, means) as loader:
+        return train(stage, folder, model=model, loader=loader, hand_on=hand_on, device=device, quiet=means.quiet)
