@@ -63,6 +63,8 @@ class _Ids:
 
 def media_parts(messages: Sequence[Message]) -> list[Part]:
     """The picture and clip parts of a conversation, in the order of their tokens. Raises BadSample."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise BadSample("no messages")
     return [
         part for i, m in enumerate(messages) for part in _parts(m, f"message {i + 1}") if part["type"] in MEDIA
     ]
@@ -109,7 +111,8 @@ def _encode(
     messages: Sequence[Message], tokenizer: Tokenizer, media_tokens: Sequence[int], generate: bool,
     max_tokens: int | None,
 ) -> tuple[_Ids, int]:  # fmt: skip
-    parts = media_parts(_checked(messages, generate))
+    parts = media_parts(messages)
+    _check(messages, generate)
     if len(parts) != len(media_tokens):
         raise UserError(f"{len(parts)} media parts in the messages, but {len(media_tokens)} token counts are given")
     counts = iter(media_tokens)
@@ -185,14 +188,10 @@ def _cut(out: _Ids, ends: list[tuple[int, int]], max_tokens: int) -> tuple[_Ids,
 # ---- checks
 
 
-def _checked(messages: Sequence[Message], generate: bool) -> Sequence[Message]:
+def _check(messages: Sequence[Message], generate: bool) -> None:
     """Raises BadSample, saying which message, unless these are a document or a conversation."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise BadSample("no messages")
     for i, message in enumerate(messages):
         where = f"message {i + 1}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadSample(f"{where} has no role")
         if message["role"] == "text" and len(messages) > 1:
             raise BadSample(f"{where}: a raw 'text' document stands alone")
         if message["role"] not in (*ROLES, "text"):
@@ -205,7 +204,6 @@ def _checked(messages: Sequence[Message], generate: bool) -> Sequence[Message]:
         raise BadSample(f"cannot answer after a {last!r} message; the last one must be the user's")
     if not generate and not any(m["role"] in ("assistant", "text") for m in messages):
         raise BadSample("nothing to train on: no assistant turn")
-    return messages
 
 
 def _check_content(message: Message, where: str) -> None:
@@ -220,6 +218,8 @@ def _check_content(message: Message, where: str) -> None:
 
 def _parts(message: Message, where: str) -> list[Part]:
     """Content as a list of checked parts. Raises BadSample."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadSample(f"{where} has no role")
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}]

@@ -8,6 +8,7 @@ for bit, and through PyAV everywhere else (10 bit, AV1, clips without time stamp
 import bisect
 import contextlib
 import io
+import itertools
 import math
 import os
 import threading
@@ -38,6 +39,8 @@ IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVI
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,gif,h264,hevc,ivf"
 CHUNK = 16  # frames held at native size while they are resized
 
+_stderr_lock = threading.Lock()
+
 av.logging.set_level(None)
 if decord is not None:
     decord.logging.set_level(decord.logging.QUIET)
@@ -54,8 +57,8 @@ def _check_size(width: int, height: int) -> None:
         raise BadSample(f"aspect ratio {max(width, height) / min(width, height):.0f} > {MAX_ASPECT}")
 
 
-def _stream(src: Source) -> BinaryIO:
-    """Bytes behind `src`; a str is always a local path, never a URL."""
+def _bytes_of(src: Source) -> BinaryIO:
+    """An open file on `src`; a str is always a local path, never a URL."""
     if isinstance(src, bytes):
         file: BinaryIO = io.BytesIO(src)
     else:
@@ -84,7 +87,7 @@ def _picture(src: Source) -> Iterator[tuple[Image.Image, int]]:
     """An opened, size-checked, not yet decoded picture and its EXIF orientation (1 = upright)."""
     Image.init()
     formats = [f for f in IMAGE_FORMATS if f in Image.OPEN]
-    with _stream(src) as file, warnings.catch_warnings():
+    with _bytes_of(src) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of big pictures and odd EXIF; we judge the size ourselves
         try:
             image = Image.open(file, formats=formats)
@@ -201,10 +204,9 @@ class _Clip:
         frames = self._decord(wanted, size) if self.table.decord else None
         if frames is None:
             frames = _gather(self._pyav(wanted.tolist()), size)
-        expected = size or (self.info.height, self.info.width)
         if len(frames) != len(wanted):
             raise BadSample("frames are missing")
-        if frames.shape[1:3] != expected:
+        if frames.shape[1:3] != (size or (self.info.height, self.info.width)):
             raise BadSample("frame size changes inside the clip")
         return frames if np.array_equal(inverse, np.arange(len(frames))) else frames[inverse]
 
@@ -244,9 +246,6 @@ class _Clip:
         return np.rot90(rgb.to_ndarray(), k=self.turns)
 
 
-_stderr_lock = threading.Lock()
-
-
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """decord writes some errors to file descriptor 2, whatever its log level; we tell them by BadSample."""
@@ -269,7 +268,7 @@ def _silent_stderr() -> Iterator[None]:
 @contextlib.contextmanager
 def _container(src: Source) -> Iterator[tuple[Any, Any]]:
     """(container, video stream), one thread, no format that may open other files; errors become BadSample."""
-    with _stream(src) as file:
+    with _bytes_of(src) as file:
         try:
             # through a file object, so that libav itself can reach neither paths nor the network
             container = av.open(file, metadata_errors="replace", options={"format_whitelist": VIDEO_FORMATS})
@@ -317,24 +316,20 @@ def _scan(container: Any, stream: Any) -> _Table:
     plain = plain and container.format.name.startswith(("mov", "matroska"))  # in AVI decord counts wrongly
     rank = {pts: i for i, pts in enumerate(sorted(stamps))} if whole else {}
     keys = sorted((rank[p], p if d is None else min(p, d)) for p, d, key in packets if key and whole)
-    usable = whole and len(keys) > 0
-    return _Table(
-        frames=len(packets), pts=list(rank) if usable else None, keys=keys,
-        decord=decord is not None and usable and plain and seen == len(packets),
-    )  # fmt: skip
+    by_decord = decord is not None and plain and bool(keys) and seen == len(packets)
+    return _Table(frames=len(packets), pts=list(rank) if keys else None, keys=keys, decord=by_decord)
 
 
 def _shown(packet: Any, codec: str) -> bool:
     """False for the packets of VP8 that only update references (bit 4 of its frame tag)."""
-    return not codec.startswith(("vp8", "libvpx")) or codec == "libvpx-vp9" or bool(bytes(packet)[0] & 0x10)
+    return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
 
 
 def _rate(stream: Any, table: _Table) -> float:
     """Mean frames a second: the container's figure where it agrees with the time stamps, else theirs."""
     stated = float(stream.average_rate or 0)
-    if table.pts is None or table.frames < 2:
-        counted = 0.0
-    else:
+    counted = 0.0
+    if table.pts is not None and table.frames > 1:
         counted = (table.frames - 1) / float((table.pts[-1] - table.pts[0]) * stream.time_base)
     rate = stated if not counted or abs(stated - counted) < 0.01 * counted else counted
     if not (math.isfinite(rate) and rate > 0):
@@ -351,7 +346,7 @@ def _seek_frames(container: Any, stream: Any, table: _Table, wanted: list[int]) 
     for target in wanted:
         nearest = bisect.bisect_right(starts, target) - 1
         if nearest > 0 and starts[nearest] > at + 1:
-            container.seek(table.keys[nearest][1], stream=stream, backward=True)
+            container.seek(table.keys[nearest][1], stream=stream)
             decoded = container.decode(stream)
         for frame in decoded:
             at = rank.get(frame.pts, at)
@@ -376,21 +371,13 @@ def _count_frames(container: Any, stream: Any, wanted: list[int]) -> Iterator[av
 def _gather(frames: Iterator[np.ndarray], size: tuple[int, int] | None) -> np.ndarray:
     """Stack, resizing every CHUNK frames so that a long clip never lies in memory at its native size."""
     chunks: list[np.ndarray] = []
-    pending: list[np.ndarray] = []
-
-    def flush() -> None:
-        if pending:
-            if len({f.shape for f in pending}) > 1:
-                raise BadSample("frame size changes inside the clip")
-            stacked = np.stack(pending)
-            chunks.append(stacked if size is None else resize_frames(stacked, *size))
-            pending.clear()
-
-    for frame in frames:
-        pending.append(frame)
-        if len(pending) == CHUNK:
-            flush()
-    flush()
+    shapes: set[tuple[int, ...]] = set()
+    while part := list(itertools.islice(frames, CHUNK)):
+        shapes |= {frame.shape for frame in part}
+        if len(shapes) > 1:
+            raise BadSample("frame size changes inside the clip")
+        stacked = np.stack(part)
+        chunks.append(stacked if size is None else resize_frames(stacked, *size))
     return np.concatenate(chunks) if chunks else np.empty((0, 0, 0, 3), np.uint8)
 
 

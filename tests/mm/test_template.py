@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from mm.common.errors import BadSample, UserError
+from mm.processor import Processor
+from mm.prompt import prepare
 from mm.template import MEDIA, encode, media_parts, token_count
 from mm.tokenizer import Tokenizer
 
@@ -164,6 +167,8 @@ def test_mistakes_say_what_and_where(messages, why, tokenizer):
         encode(messages, tokenizer, [])
     with pytest.raises(BadSample, match=why):
         token_count(messages, tokenizer, [])
+    with pytest.raises(BadSample):  # whatever is wrong, nothing else may come out of the one road
+        prepare(messages, Processor(), tokenizer, lambda part: (np.zeros((1, 56, 56, 3), np.uint8), None))
 
 
 def test_counts_must_match(tokenizer):

@@ -362,3 +362,14 @@ def test_file_descriptors_do_not_leak():
                 read_frames(raw, [0, 30])
     after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert after <= before + 2
+
+
+def test_a_clip_that_changes_size_is_refused():
+    """Two H.264 streams of different size end to end: legal bytes, no clip we could train on."""
+    raw = clip(form="h264", n=20, size=(64, 48)) + clip(form="h264", n=40, size=(96, 96))
+    assert video_info(raw).frames == 60
+    for size in (None, (28, 28)):
+        for indices in ([0, 59], list(range(60))):
+            with pytest.raises(BadSample, match="frame size changes inside the clip"):
+                read_frames(raw, indices, size=size)
+    assert read_frames(raw, [0, 19]).shape == (2, 48, 64, 3)
