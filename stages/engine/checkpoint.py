@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from mm.common import dist
@@ -27,6 +28,7 @@ from mm.common.files import read_json, write_json
 from stages.stage import Stage
 
 COMPLETE = "COMPLETE.json"
+FAILURES = (Exception, CheckpointException)  # what a rank meets reaches all of them as the latter, no Exception
 
 
 class Checkpoints:
@@ -111,7 +113,7 @@ class Checkpoints:
             future.result()
             if dist.is_main():
                 self._complete(final, about)
-        except Exception as e:
+        except FAILURES as e:
             shutil.rmtree(final.with_name(f"{final.name}.tmp"), ignore_errors=True)
             reason = (
                 f"checkpoint {final} could not be written ({_reason(e)}); the older ones are untouched: "
@@ -138,7 +140,7 @@ class Checkpoints:
         temporary = final.with_name("frozen.tmp")
         try:
             self._write(temporary, state).result()
-        except Exception as e:
+        except FAILURES as e:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"frozen weights could not be written to {final}: {_reason(e)}") from e
         if dist.is_main():
@@ -183,7 +185,7 @@ class Checkpoints:
                 check_files(folder, info["files"])
             if about["fingerprint"] == self.stage.fingerprint():
                 self._load(path, about)
-        except Exception as e:
+        except FAILURES as e:
             trouble = _reason(e)
         troubles = [t for t in dist.gather_objects(trouble) if t]
         if not troubles:

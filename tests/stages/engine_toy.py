@@ -1,6 +1,5 @@
 """Microscopic models and a synthetic loader for the engine's tests."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -118,16 +117,3 @@ def stage(**changes) -> Stage:
 def hand_on(folder: Path, model: torch.nn.Module) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({k: v.clone() for k, v in model.state_dict().items()}, folder / "weights.pt")
-
-
-def main(*args: str) -> None:
-    """`python engine_toy.py JOB FOLDER`: a job named in engine_jobs.py, under torchrun or alone."""
-    import engine_jobs as jobs
-
-    dist.init("cpu")
-    getattr(jobs, args[0])(*args[1:])
-    dist.shutdown()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,0 +1,86 @@
+"""However a step is split over ranks and micro-batches, the loss, the gradients and the weights are the same."""
+
+import engine_launch as launch
+import pytest
+import torch
+
+
+def gradients(folder, ranks, model, splits, **settings):
+    launch.run("gradients", folder, ranks=ranks, model=model, splits=splits, **settings)
+    return torch.load(folder / "grads.pt")
+
+
+def compare(a, b, tolerance=1e-5):
+    assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
+    assert a["grads"].keys() == b["grads"].keys()
+    worst = max((a["grads"][k] - b["grads"][k]).abs().max().item() for k in a["grads"])
+    largest = max(g.abs().max().item() for g in b["grads"].values())
+    assert largest > 1e-3  # the gradients compared are not all nothing
+    assert worst < tolerance, worst
+
+
+@pytest.fixture(scope="module")
+def whole_pairs(tmp_path_factory):
+    return gradients(tmp_path_factory.mktemp("pairs"), 1, "contrastive", [[[0, 12]]])
+
+
+@pytest.fixture(scope="module")
+def whole_packs(tmp_path_factory):
+    return gradients(tmp_path_factory.mktemp("packs"), 1, "keye", [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("splits", [
+    [[[0, 5], [5, 4], [9, 3]]],
+    [[[0, 5]], [[5, 7]]],
+    [[[0, 2], [2, 3]], [[5, 7]]],
+    [[[0, 12]], []],
+    [[[0, 1]], [[1, 4], [5, 2]], [[7, 4]], [[11, 1]]],
+])  # fmt: skip
+def test_sigmoid_loss_does_not_depend_on_the_split(tmp_path, whole_pairs, splits):
+    compare(gradients(tmp_path, len(splits), "contrastive", splits), whole_pairs)
+
+
+@pytest.mark.parametrize("splits", [
+    [[0, 2], [1, 3]],
+    [[0, 3], [1, 2]],  # packs 0 and 3 have no picture: the first rank sees none
+    [[0, 1, 2], [3]],
+    [[0], [1], [2], [3]],
+    [[0, 1], [2], [3], []],
+])  # fmt: skip
+def test_token_loss_does_not_depend_on_the_split(tmp_path, whole_packs, splits):
+    compare(gradients(tmp_path, len(splits), "keye", splits), whole_packs)
+
+
+@pytest.mark.parametrize("model", ["keye", "contrastive"])
+def test_ranks_do_not_change_the_run(tmp_path, model):
+    """Eight steps on 1, 2 and 4 ranks: losses and final weights agree to 1e-5."""
+    runs = {}
+    for ranks in (1, 2, 4):
+        folder = tmp_path / str(ranks)
+        # eps of AdamW: gradients of nothing but rounding noise must not become whole steps of either sign
+        launch.run("run", folder, ranks=ranks, model=model, steps=8, every=4)
+        runs[ranks] = (launch.losses(folder), launch.weights(folder))
+    losses, weights = runs[1]
+    assert losses[-1] != losses[0]
+    for ranks in (2, 4):
+        assert runs[ranks][0] == pytest.approx(losses, abs=1e-5)
+        worst = max((runs[ranks][1][k] - weights[k]).abs().max().item() for k in weights)
+        assert worst < 1e-5, (ranks, worst)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recomputation_changes_nothing(tmp_path, whole_packs, ranks):
+    splits = [[0, 1, 2, 3]] if ranks == 1 else [[0, 1], [2, 3]]
+    compare(gradients(tmp_path, ranks, "keye", splits, recompute=True), whole_packs)
+
+
+def test_bf16_is_near_fp32_on_one_and_two_ranks(tmp_path):
+    found = {}
+    for precision, ranks in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
+        folder = tmp_path / f"{precision}{ranks}"
+        launch.run("run", folder, ranks=ranks, precision=precision, steps=6)
+        found[precision, ranks] = launch.losses(folder)
+        assert all(w.dtype == torch.float32 for w in launch.weights(folder).values())
+    assert found["bf16", 1] != found["fp32", 1]
+    for ranks in (1, 2):
+        assert found["bf16", ranks] == pytest.approx(found["fp32", 1], abs=0.02)
