@@ -74,7 +74,7 @@ class ForeignRow(NamedTuple):
 def read_foreign(tar: Path, bad: list[BadSample]) -> Iterator[ForeignRow]:
     """The usable samples of one tar in order; what is not usable goes to `bad` with its name."""
     with open(tar, "rb") as f:
-        for key, members in _grouped(scan(tar, bad)):
+        for key, members in grouped(scan(tar, bad)):
             try:
                 yield _row(f, key, members)
             except BadSample as e:
@@ -155,7 +155,7 @@ def _member(info: tarfile.TarInfo) -> Member:
     return Member(key, suffix.lower(), info.offset_data, info.size)
 
 
-def _grouped(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+def grouped(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Neighbours with one key are one sample, as WebDataset reads them."""
     group: list[Member] = []
     for m in members:
@@ -167,7 +167,7 @@ def _grouped(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
         yield group[0].key, group
 
 
-def _read(f: BinaryIO, m: Member) -> bytes:
+def read_member(f: BinaryIO, m: Member) -> bytes:
     f.seek(m.offset)
     data = f.read(m.size)
     if len(data) != m.size:
@@ -181,9 +181,9 @@ def _row(f: BinaryIO, key: str, group: list[Member]) -> ForeignRow:
         raise BadSample("a member comes twice")
     if "json" not in members:
         raise BadSample("no JSON for this key")
-    sample = parse_json(_read(f, members["json"]))
+    sample = parse_json(read_member(f, members["json"]))
     check(sample, members)
-    media = {s: _read(f, m) for s, m in members.items() if media_kind(s)}
+    media = {s: read_member(f, m) for s, m in members.items() if media_kind(s)}
     # facts in a foreign JSON are claims: headers are read again
     sample = complete_facts({**sample, "media": {}}, media)
     sha1 = {s: hashlib.sha1(data).hexdigest() for s, data in media.items()}

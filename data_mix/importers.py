@@ -1,0 +1,111 @@
+"""Other people's data -> a source folder. What cannot be used is skipped, counted and named."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_mix.foreign import Items, Record
+from data_mix.foreign_folder import read_folder
+from data_mix.foreign_json import read_llava
+from data_mix.foreign_tables import read_datasets, read_webdataset
+from data_mix.sample import media_kind
+from data_mix.shards import ShardWriter, complete_facts
+from mm.common.config import nearest
+from mm.common.errors import BadSample, UserError
+from mm.common.files import write_json
+from mm.common.progress import Progress
+from vision.media import read_frames, read_image
+
+READERS = {"llava": read_llava, "folder": read_folder, "datasets": read_datasets, "webdataset": read_webdataset}
+
+
+@dataclass
+class ImportReport:
+    """What became of each sample. `skipped`: one BadSample each, with the file and key it was found under."""
+
+    folder: Path
+    samples: int = 0
+    families: Counter[str] = field(default_factory=Counter)
+    skipped: list[BadSample] = field(default_factory=list)
+
+    def reasons(self) -> dict[str, int]:
+        return dict(Counter(b.reason for b in self.skipped).most_common())
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.samples} samples (" +
+                 (", ".join(f"{n} {f}" for f, n in self.families.most_common()) or "none") + ")"]  # fmt: skip
+        for reason, n in self.reasons().items():
+            names = [f"{b.shard}/{b.key}" for b in self.skipped if b.reason == reason][:3]
+            lines.append(f"  skipped {n} x {reason}: {', '.join(names)}{', ...' if n > 3 else ''}")
+        return "\n".join(lines)
+
+
+def import_data(
+    kind: str, src: str | Path, out: str | Path, *, name: str | None = None, captions: str | Path | None = None,
+    media_root: str | Path | None = None, check: bool = True, quiet: bool = False,
+) -> ImportReport:  # fmt: skip
+    """Import `src` of `kind` llava, folder, datasets or webdataset into the source folder `out`.
+
+    Args:
+        name: the source's name, by default that of `out`.
+        captions: for kind folder: a table of captions, or "name" for the files' own names.
+        media_root: for kinds llava and datasets: the folder below which the media lie.
+        check: decode each picture, and three frames of each clip, so that damaged ones are found now.
+    The skipped samples are also written to `out`/skipped.json.
+    Raises UserError: unknown kind, nothing there, `out` not empty, disk full, or no usable sample.
+    """
+    if kind not in READERS:
+        raise UserError(f"kind {kind!r} is not known{nearest(kind, READERS)}")
+    if not Path(src).exists():
+        raise UserError(f"{src} does not exist")
+    out = Path(out)
+    report = ImportReport(out)
+    items = _items(kind, src, captions, media_root)
+    with ShardWriter(out, name or out.name) as writer, Progress(None, f"importing {kind}", quiet=quiet) as progress:
+        for item in items:
+            try:
+                _write(writer, item, report, check)
+            except BadSample as e:
+                key = item.key or e.key
+                shard = item.shard if isinstance(item, BadSample) else Path(src).name
+                report.skipped.append(BadSample(e.reason, shard=shard, key=key))
+            progress.update(note=f"{len(report.skipped)} skipped" if report.skipped else "")
+        if not report.samples:
+            raise UserError(f"{src}: no sample can be used; {report}")
+    skipped = [{"file": b.shard, "key": b.key, "reason": b.reason} for b in report.skipped]
+    write_json(out / "skipped.json", skipped)
+    return report
+
+
+def _items(kind: str, src: str | Path, captions: Any, media_root: Any) -> Items:
+    given = {k: v for k, v in (("captions", captions), ("media_root", media_root)) if v is not None}
+    takes = {"folder": {"captions"}, "llava": {"media_root"}, "datasets": {"media_root"}}.get(kind, set())
+    for option in given.keys() - takes:
+        raise UserError(f"kind {kind} takes no {option}")
+    return READERS[kind](src, **given)  # type: ignore[operator]
+
+
+def _write(writer: ShardWriter, item: Record | BadSample, report: ImportReport, check: bool) -> None:
+    if isinstance(item, BadSample):
+        raise item
+    media = {suffix: read() for suffix, read in item.media.items()}
+    sample = complete_facts({"messages": item.messages, "media": {}}, media)
+    if check:
+        for suffix, data in media.items():
+            probe(suffix, data, sample["media"].get(suffix))
+    extra = {"family": item.family} if item.family else {}
+    writer.write(item.key, {**sample, **extra, **({"meta": item.meta} if item.meta else {})}, media)
+    report.samples += 1
+    report.families[item.family or "unnamed"] += 1
+
+
+def probe(suffix: str, data: bytes, facts: dict[str, Any] | None) -> None:
+    """Decode a picture, or the first, middle and last frame of a clip. Raises BadSample."""
+    if media_kind(suffix) == "image":
+        read_image(data)
+    elif facts:
+        last = facts["frames"] - 1
+        read_frames(data, np.unique([0, last // 2, last]))
