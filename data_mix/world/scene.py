@@ -110,7 +110,7 @@ def sign_size(text: str, short: int) -> tuple[int, int]:
     """(width, height) in px of the plate: letters about a fifth of the short side."""
     letter = 0.2 * short
     width = sum(1.0 if ord(c) > 0x2E80 else 0.66 for c in text) * letter
-    return int(min(width + 0.5 * letter, 0.96 * short)), int(1.35 * letter)
+    return int(min(width + 0.5 * letter, 0.96 * short)), int(1.5 * letter)
 
 
 def place_sign(text: str, width: int, height: int, random: np.random.Generator) -> tuple[Sign, tuple[int, ...]]:

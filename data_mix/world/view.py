@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_mix.shards import Source
+from data_mix.world.encode import read_mp4
 from data_mix.world.render import FONT
 from data_mix.world.sound import RATE
 from data_mix.world.words import RGB
@@ -55,15 +55,6 @@ def _png(picture: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _decoded(data: bytes) -> tuple[list[np.ndarray], np.ndarray]:
-    """Frames uint8 and sound float [2, samples] of an mp4."""
-    with av.open(io.BytesIO(data)) as box:
-        frames = [f.to_ndarray(format="rgb24") for f in box.decode(video=0)]
-    with av.open(io.BytesIO(data)) as box:
-        sound = np.concatenate([f.to_ndarray() for f in box.decode(audio=0)], 1)
-    return frames, sound
-
-
 def _boxed(frame: np.ndarray, boxes: list, things: list[dict], signs: list[dict]) -> Image.Image:
     k = 2
     image = Image.fromarray(frame).resize((frame.shape[1] * k, frame.shape[0] * k))
@@ -94,7 +85,7 @@ def _spectrogram(sound: np.ndarray, onsets: Iterable[float]) -> bytes:
 
 def _clip_card(root: Path, path: Path) -> str:
     truth, data = read_json(path.with_suffix(".json")), path.read_bytes()
-    frames, sound = _decoded(data)
+    frames, sound = read_mp4(data)
     i = len(truth["sampled"]) // 2
     fit = 'style="width:100%"' if truth["width"] > truth["height"] else 'style="height:190px"'
     still = _boxed(frames[truth["sampled"][i]], truth["boxes"][i], truth["things"], truth["signs"])

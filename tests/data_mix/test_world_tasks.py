@@ -1,0 +1,177 @@
+"""What the world asks: training conversations, eval rows and KC-shaped tables are well formed and fair."""
+
+import csv
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_mix.shards import Source
+from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
+from data_mix.world.truth import truth_of
+from data_mix.world.words import COLOUR_SHAPE, HELD_COLOUR_SHAPE
+from mm.common.seeds import rng
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world") / "w"
+    make_world(root, size="micro", seed=5, workers=2, quiet=True)
+    return root
+
+
+def test_every_source_opens_and_names_its_media(world):
+    facts = json.loads((world / "world.json").read_text())
+    for name, n in facts["counts"]["sources"].items():
+        source = Source(world / "sources" / name)
+        assert len(source.keys) == n > 0
+        for i in range(n):
+            sample = source.sample(i)
+            for suffix, fact in sample["media"].items():
+                if fact["kind"] == "image":
+                    import io
+
+                    assert Image.open(io.BytesIO(source.member(i, suffix))).size == (fact["width"], fact["height"])
+            roles = [m["role"] for m in sample["messages"]]
+            assert roles == ["text"] if name == "text" else roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def test_grounding_tags_hold_boxes_inside_the_frame():
+    for i in range(30):
+        made = stills.still_sample(0, "grounding", i)
+        truth = made["truths"][0]
+        for m in made["sample"]["messages"][1::2]:
+            for digits in re.findall(r"\[\[(.*?)\]\]", m["content"]):
+                box = [int(v) for v in digits.split(",")]
+                assert all(0 <= v < 1000 for v in box)
+                if len(box) == 4:
+                    assert box[0] < box[2] and box[1] < box[3]
+        for k, name in enumerate(made["sample"]["meta"]["types"]):
+            answer = made["sample"]["messages"][2 * k + 1]["content"]
+            if name == "box":
+                found = re.fullmatch(
+                    r"<\|object_ref_start\|>(.+)<\|object_ref_end\|><\|box_start\|>\[\[(\d+,\d+,\d+,\d+)\]\]<\|box_end\|>", answer)  # fmt: skip
+                assert found
+                names = [text.short(t, made["sample"]["meta"]["lang"]) for t in truth["things"]]
+                true = stills.thousand(truth["boxes"][0][names.index(found[1])][0], truth)
+                assert [int(v) for v in found[2].split(",")] == true
+
+
+def test_counts_are_what_is_there():
+    for i in range(24):
+        kind, k = stills.KINDS[i % 4], i % 5 + 1
+        pair = COLOUR_SHAPE[i % len(COLOUR_SHAPE)]
+        _, truth = stills.counting_picture(rng(0, "count", i), kind, k, pair)
+        assert stills.how_many(truth, kind, pair) == k
+        assert min(truth["seen"][0]) >= 0.55
+
+
+def test_shuffled_frames_come_back_in_order(world):
+    source = Source(world / "sources" / "reorder")
+    for i in range(len(source.keys)):
+        m = source.sample(i)["messages"]
+        frames = m[0]["content"][0]["frames"]
+        answer = [int(v) - 1 for v in m[1]["content"].split()]
+        assert [frames[k] for k in answer] == sorted(frames) and 4 <= len(frames) <= 6
+
+
+def test_no_answer_was_just_told():
+    for i in range(40):
+        truth = documents.imagined(rng(0, "t", i), moving=True)
+        turns = text.clip_questions(truth, "en", rng(0, "q", i))
+        said = ""
+        for t in turns:
+            if t["type"] in ("colour", "shape", "material", "motion", "actor"):
+                assert t["a"] not in said
+            said += " " + t["a"] if t["type"] == "order" else f" {t['q']} {t['a']}"
+
+
+def test_eval_rows_point_at_files_and_hold_their_answer(world):
+    for task in tasks.EVAL_TASKS:
+        rows = [json.loads(line) for line in (world / "eval" / f"{task}.jsonl").read_text().splitlines()]
+        assert {r["split"] for r in rows} == {"seen", "unseen", "train"}
+        assert len({r["id"] for r in rows}) == len(rows)
+        for r in rows:
+            parts = r["messages"][0]["content"]
+            assert all((world / p[p["type"]]).is_file() for p in parts if p["type"] != "text")
+            if r["choices"]:
+                assert r["answer"] in r["choices"]
+            if task == "order":
+                q = parts[-1]["text"]
+                assert q.index(r["choices"][0]) < q.index(r["choices"][1])
+            if task != "counting" or r["meta"]["media"] == "image":
+                held = r["meta"]["held"]
+                assert bool(held) == (r["split"] == "unseen")
+    counts = Counter((r["split"], r["answer"]) for r in map(json.loads, (world / "eval/counting.jsonl").open()))
+    assert {counts[s, str(k)] for s in ("seen", "unseen") for k in range(1, 6)} <= {1, 2}
+
+
+def test_kc_tables_parse_like_the_official_ones(world):
+    for task in kc.TASKS:
+        with open(world / "kc" / "subsets" / f"{task}.tsv", encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f, delimiter="\t"))
+        assert list(rows[0]) == ["index", "question", "answer", "image_path", "category"]
+        assert [int(r["index"]) for r in rows] == list(range(len(rows)))
+        for r in rows:
+            assert all((world / "kc" / "images" / p).is_file() for p in json.loads(r["image_path"]))
+            split, lang = r["category"].split("-")
+            assert split in ("seen", "unseen", "train") and lang in ("en", "zh")
+            if task in ("PornComment", "High_like", "SPU"):
+                assert r["answer"] in {"zh": "是否", "en": ("yes", "no")}[lang]
+                assert r["question"].endswith(kc.SUFFIX[lang])
+            if task == "CPV":
+                assert len(json.loads(r["answer"])) == 2
+
+
+@pytest.mark.parametrize("task", kc.TASKS)
+def test_kc_answers_do_not_lean(task):
+    rows = [kc.MAKERS[task](rng(1, task, i), "en", COLOUR_SHAPE, i) for i in range(12)]
+    answers = Counter(r["answer"] for r in rows)
+    assert max(answers.values()) <= {"CPV": 3, "Video_Topic": 3, "Video_Order": 2}.get(task, 6)
+
+
+def test_same_product_differs_in_one_attribute_or_none():
+    for i in range(16):
+        row = kc.spu(rng(2, "spu", i), "en", COLOUR_SHAPE, i)
+        a, b = (t["things"][0] for t in row["meta"]["truths"])
+        differ = [k for k in ("colour", "shape", "material") if a[k] != b[k]]
+        assert (row["answer"] == "yes") == (not differ) and len(differ) <= 1
+
+
+def test_the_like_ceiling_is_what_an_oracle_scores():
+    hits = []
+    for i in range(3000):
+        random, wanted = rng(4, "like", i), bool(i % 2)
+        while True:
+            pair, sign = stills.any_pair(random), random.random() < 0.5
+            points = shop.like_points(*pair, sign)
+            if (shop.likes(points, random) > 1000) == wanted:
+                break
+        hits.append((shop.like_chance(points) > 0.5) == wanted)
+    assert np.mean(hits) == pytest.approx(kc.ceilings()["High_like"], abs=0.02)
+    assert 0.8 < kc.ceilings(HELD_COLOUR_SHAPE)["High_like"] < 1
+
+
+def test_users_follow_their_taste(world):
+    users = [json.loads(line) for line in (world / "users.jsonl").read_text().splitlines()]
+    assert all(u["history"] == sorted(u["history"], key=lambda h: h["t"]) for u in users)
+    rows = [{"id": str(i), "thing": {"colour": c, "shape": s, "material": "wood"}} for i, (c, s) in enumerate(COLOUR_SHAPE)]
+    gains = []
+    for u in shop.make_users(0, 40, rows, rows):
+        score = {r["id"]: u["taste"][r["thing"]["colour"]] + u["taste"][r["thing"]["shape"]] for r in rows}
+        bought = [score[h["id"]] for h in u["history"] if h["kind"] == "buy"]
+        gains.append(np.mean(bought) - np.mean(list(score.values())))
+    assert np.mean(gains) > 0.5
+
+
+def test_truth_is_plain_json():
+    from data_mix.world.render import Stage
+    from data_mix.world.truth import still_scene
+
+    scene = still_scene(rng(0, "x"), [(COLOUR_SHAPE[0], {}), (COLOUR_SHAPE[7], {})], signs=["SALE"])
+    truth = truth_of(Stage(scene, rng(0, "y")), [])
+    assert json.loads(json.dumps(truth)) == truth and truth["signs"][0]["text"] == "SALE"
