@@ -37,7 +37,7 @@ class Media:
         return known
 
     def _read(self, kind: str, root: Path, path: Path, name: str) -> tuple[np.ndarray, Any]:
-        if not os.path.normpath(path).startswith(os.path.normpath(root) + os.sep):
+        if not os.path.normpath(path).startswith(os.path.join(os.path.normpath(root), "")):
             raise BadSample("media path leads out of its folder", key=name)
         if not path.is_file():
             raise BadSample("media file is missing", key=name)

@@ -9,8 +9,8 @@ from typing import Any
 from eval.scores import FLOORS, summary
 from mm.common.progress import duration
 
-BOX = (158, 58)
-GAP = (44, 20)
+BOX = (128, 56)
+GAP = (30, 16)
 
 
 # ---- pipeline
@@ -32,7 +32,7 @@ def graph(nodes: list[dict]) -> str:
     )  # fmt: skip
     boxes = "".join(_box(n, *place[n["name"]]) for n in nodes)
     return (
-        f'<svg class="graph" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'<svg class="graph" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
         f'aria-label="pipeline">{edges}{boxes}</svg>'
     )
 
@@ -48,7 +48,7 @@ def _columns(nodes: list[dict]) -> dict[str, int]:
 
 def _edge(start: tuple[int, int], stop: tuple[int, int]) -> str:
     x1, y1, x2, y2 = start[0] + BOX[0], start[1] + BOX[1] / 2, stop[0], stop[1] + BOX[1] / 2
-    bend = GAP[0] / 2 + 6
+    bend = GAP[0] / 2
     return f'<path d="M{x1} {y1}C{x1 + bend} {y1} {x2 - bend} {y2} {x2} {y2}"/>'
 
 
@@ -60,8 +60,8 @@ def _box(node: dict, x: int, y: int) -> str:
     return (
         f"<g><title>{escape(node['name'])}</title>"
         f'<rect class="{escape(status)}" x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="9"/>'
-        f'<text x="{x + 12}" y="{y + 25}">{escape(_short(node["name"], 20))}</text>'
-        f'<text class="t" x="{x + 12}" y="{y + 44}">{escape(_short(label, 24))}</text></g>'
+        f'<text x="{x + 12}" y="{y + 25}">{escape(_short(node["name"], 17))}</text>'
+        f'<text class="t" x="{x + 12}" y="{y + 44}">{escape(_short(label, 18))}</text></g>'
     )
 
 
@@ -112,11 +112,9 @@ def _panel(label: str, series: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    keep = 1 - 1 / max(1.0, len(values) / 25)
-    out: list[float] = []
-    for i, v in enumerate(values):
-        out.append(v if i == 0 else keep * out[-1] + (1 - keep) * v)
-    return out
+    """Centred mean over a twenty-fifth of the steps; shorter at both ends, so that nothing lags."""
+    half = len(values) // 50
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
 
 
 def _inline(svg: str, label: str) -> str:

@@ -31,7 +31,7 @@ def gallery(rows: Iterable[dict], roots: list[Path], *, cards: int = 21) -> str:
         if shown is None or size + len(shown) > TOTAL_BYTES:
             continue
         size += len(shown)
-        out.append(f'<article class="clip card">{shown}{"".join(_answer(r) for r in asked)}</article>')
+        out.append(f'<article class="clip card">{shown}{_answers(asked)}</article>')
     return "".join(out)
 
 
@@ -46,7 +46,7 @@ def choose(rows: Iterable[dict], cards: int) -> list[tuple[tuple[str, ...], list
         order = ("unseen", "test", "seen").index(asked[0]["split"])
         right = sum(r["score"] >= 1 for r in asked) / len(asked)
         by_tasks.setdefault((tuple(sorted({r["task"] for r in asked}))), []).append((order, right, media, asked))
-    lists = [_in_turns(found) for found in by_tasks.values()]
+    lists = [_in_turns(found, right_first=k % 2 == 0) for k, found in enumerate(by_tasks.values())]
     lists.sort(key=lambda found: -len(found[0][1]))
     picked: list[tuple[tuple, list[dict]]] = []
     depth = 0
@@ -56,7 +56,7 @@ def choose(rows: Iterable[dict], cards: int) -> list[tuple[tuple[str, ...], list
     return picked[:cards]
 
 
-def _in_turns(found: list[tuple[int, float, tuple, list]]) -> list[tuple[tuple, list]]:
+def _in_turns(found: list[tuple[int, float, tuple, list]], *, right_first: bool) -> list[tuple[tuple, list]]:
     """By split; inside it mostly right and mostly wrong alternate, in a seeded order."""
     shuffled = [found[i] for i in rng(0, "gallery", len(found)).permutation(len(found))]
     out = []
@@ -64,7 +64,8 @@ def _in_turns(found: list[tuple[int, float, tuple, list]]) -> list[tuple[tuple, 
         good = [f for f in shuffled if f[0] == order and f[1] >= 0.5]
         bad = [f for f in shuffled if f[0] == order and f[1] < 0.5]
         for i in range(max(len(good), len(bad))):
-            out += [part[i] for part in (good, bad) if i < len(part)]
+            turn = (good, bad) if right_first else (bad, good)
+            out += [part[i] for part in turn if i < len(part)]
     return [(media, asked) for _, _, media, asked in out]
 
 
@@ -89,27 +90,32 @@ def _media(media: tuple[str, ...], asked: list[dict], roots: list[Path]) -> str 
 
 
 def _video(path: Path) -> str:
-    """The file itself where it is small, else eight of its frames."""
-    if path.stat().st_size <= VIDEO_BYTES:
-        data = base64.b64encode(path.read_bytes()).decode()
-        source = f"data:{MIME[path.suffix.lower()]};base64,{data}"
-        return f'<video controls muted loop playsinline preload="metadata" src="{source}"></video>'
-    info = video_info(path)
-    frames = read_frames(path, np.linspace(0, info.frames - 1, min(8, info.frames)).astype(int).tolist())
-    return "".join(_still(f, 160, "") for f in frames)
+    """The file itself where it is small (its first frame stands until it plays), else eight of its frames."""
+    small = path.stat().st_size <= VIDEO_BYTES
+    last, n = video_info(path).frames - 1, 1 if small else 8
+    frames = read_frames(path, np.unique(np.linspace(0, last, n).astype(np.int64)))
+    if not small:
+        return "".join(_still(f, 160, "") for f in frames)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<video muted loop playsinline preload="metadata" poster="{_jpeg(frames[0], 360)[0]}" '
+        f'src="data:{MIME[path.suffix.lower()]};base64,{data}"></video>'
+    )
 
 
 def _still(pixels: np.ndarray, side: int, overlay: str) -> str:
+    source, (w, h) = _jpeg(pixels, side)
+    svg = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{overlay}</svg>' if overlay else ""
+    return f'<span class="still"><img alt="" width="{w}" height="{h}" src="{source}">{svg}</span>'
+
+
+def _jpeg(pixels: np.ndarray, side: int) -> tuple[str, tuple[int, int]]:
+    """(data address, (width, height)) of a picture at most `side` px wide and high."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((side, side))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=82)
-    data = base64.b64encode(out.getvalue()).decode()
-    svg = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{overlay}</svg>' if overlay else ""
-    w, h = picture.size
-    return (
-        f'<span class="still"><img alt="" width="{w}" height="{h}" src="data:image/jpeg;base64,{data}">{svg}</span>'
-    )
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", picture.size
 
 
 def _boxes(row: dict) -> str:
@@ -122,21 +128,45 @@ def _boxes(row: dict) -> str:
     )  # fmt: skip
 
 
-def _answer(row: dict) -> str:
-    right = row["score"] >= 1
-    question = row["prompt"].replace("<image>", "").replace("<video>", "").strip()
-    if len(question) > 160:
-        question = (
-            f'<details><summary>{escape(question[:140])}…</summary><div class="q">{escape(question)}</div></details>'
-        )
-    else:
-        question = f'<div class="q">{escape(question)}</div>'
-    mark = "right ✓" if right else "wrong ✗"
+def _answers(asked: list[dict]) -> str:
+    """One block per prompt: a caption that three tasks score is shown once, with a mark for each."""
+    blocks: dict[tuple[str, str], list[dict]] = {}
+    for row in asked:
+        blocks.setdefault((row["prompt"], row["response"]), []).append(row)
+    return "".join(_block(rows) for rows in blocks.values())
+
+
+def _block(rows: list[dict]) -> str:
+    right, first = sum(r["score"] >= 1 for r in rows), rows[0]
+    kind, mark = ("right", "right ✓") if right == len(rows) else ("some", f"{right} of {len(rows)} right")
+    if not right:
+        kind, mark = "", "wrong ✗"
+    tasks = first["task"] if len(rows) == 1 else first["task"].partition("_")[0]
+    truth = f"<dt>answer</dt><dd>{escape(_plain(first['answer']))}</dd>" if len(rows) == 1 else ""
     return (
-        f'<div class="qa{" right" if right else ""}"><div class="task"><span>{escape(row["task"])} · '
-        f"{escape(row['split'])}</span><b>{mark}</b></div>{question}<dl><dt>answer</dt><dd>{escape(_plain(row['answer']))}"
-        f"</dd><dt>model</dt><dd>{escape(_plain(row['response'])) or '<i>nothing</i>'}</dd></dl></div>"
+        f'<div class="qa {kind}"><div class="task"><span>{escape(tasks)} · {escape(first["split"])}</span>'
+        f"<b>{mark}</b></div>{_question(first['prompt'])}<dl>{truth}<dt>model</dt>"
+        f"<dd>{escape(_plain(first['response'])) or '<i>nothing</i>'}</dd></dl>"
+        f"{_chips(rows) if len(rows) > 1 else ''}</div>"
     )
+
+
+def _question(prompt: str) -> str:
+    text = prompt.replace("<image>", "").replace("<video>", "").strip()
+    if len(text) <= 160:
+        return f'<div class="q">{escape(text)}</div>'
+    return f'<details><summary>{escape(text[:140])}…</summary><div class="q">{escape(text)}</div></details>'
+
+
+def _chips(rows: list[dict]) -> str:
+    """`colour: red ✓`: what is right, and whether the model said so."""
+    chips = []
+    for r in rows:
+        right, name = r["score"] >= 1, r["task"].rpartition("_")[2]
+        said = "" if right or r["parsed"] is None else f", not {r['parsed']}"
+        text = escape(f"{name}: {_plain(r['answer'], 60)}{_plain(said, 60)} {'✓' if right else '✗'}")
+        chips.append(f'<span class="chip{" right" if right else ""}">{text}</span>')
+    return f'<div class="chips">{"".join(chips)}</div>'
 
 
 def _plain(text: Any, most: int = 300) -> str:

@@ -180,14 +180,14 @@ def _list_answer(text: str) -> list[str] | None:
 
 
 def _chance_json(item: Item, train: list[Item]) -> float:
-    """Each attribute guessed among the values training shows for it; 0 where there is no training."""
+    """Each attribute guessed among the values training shows for it; 0 where training never shows one."""
     values: dict[str, set[str]] = {}
     for row in train:
-        for k, v in (scorers.canonical(scorers.parse_json(row.answer) or {})).items():
+        for k, v in (_json_answer(row.answer) or {}).items():
             values.setdefault(k, set()).add(repr(v))
-    chance = 1.0 if train else 0.0
-    for k in scorers.canonical(scorers.parse_json(item.answer) or {}):
-        chance /= max(1, len(values.get(k, ())))
+    chance = 1.0
+    for k, v in (_json_answer(item.answer) or {}).items():
+        chance *= 1 / len(values[k] | {repr(v)}) if k in values else 0.0
     return chance
 
 

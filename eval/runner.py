@@ -66,7 +66,11 @@ class Options:
 def run(model: Answerer, tasks: list[Task], out: str | Path, run_info: dict, options: Options) -> dict:
     """Answer what is not answered yet, fill in the floors, write scores.json; returns the scores."""
     start = time.monotonic()
-    info = {**run_info, "floors_from": "train" if any(t.train for t in tasks) else "test"}
+    info = {
+        **run_info,
+        "tasks": [t.name for t in tasks],
+        "floors_from": "train" if any(t.train for t in tasks) else "test",
+    }
     with ResponseLog(out, info) as log:
         try:
             if dist.is_main():

@@ -24,6 +24,7 @@ from eval import responses
 from eval.stats import interval, normalised
 from mm.common.files import write_json
 
+SPLIT_ORDER = ("unseen", "seen", "test")
 FLOORS = ("chance", "majority", "blind", "probe")
 
 
@@ -34,10 +35,11 @@ def scores(rows: list[dict], run: dict) -> dict:
         if "skipped" not in row:
             group = groups.setdefault((row["task"], row["split"]), {})
             group.setdefault(row["variant"], {})[row["id"]] = row
-    tasks = {
-        entry_name(task, split): _entry(variants, split)
-        for (task, split), variants in groups.items() if variants.get("model")
-    }  # fmt: skip
+    order = run.get("tasks", [])
+    ranked = sorted(
+        groups, key=lambda g: (SPLIT_ORDER.index(g[1]), order.index(g[0]) if g[0] in order else len(order))
+    )
+    tasks = {entry_name(*g): _entry(groups[g], g[1]) for g in ranked if groups[g].get("model")}
     return {"tasks": tasks, "run": _run(rows, run)}
 
 
@@ -130,15 +132,17 @@ def summary(result: dict) -> dict:
 def print_scores(result: dict, console: Console | None = None) -> None:
     """A table with a bar per task: filled to the value, `|` at the floor."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     table = Table(title=result["run"].get("benchmark", "scores"), title_justify="left", box=None, pad_edge=False)
     for column in ("task", "", "value", "95 %", "floor", "ceiling", "normalised", "n"):
         table.add_column(column, justify="left" if column in ("task", "") else "right", no_wrap=True)
-    overview = summary(result)
-    for split, part in overview.items():
+    width = max(6, min(28, console.width - 92))
+    for split, part in summary(result).items():
         for name, t in part["tasks"].items():
             e = result["tasks"][name]
             table.add_row(
-                name, _bar(e, t), f"{e['value']:.3f}", f"{e['ci95'][0]:.2f}-{e['ci95'][1]:.2f}",
+                name, _bar(e, t, width), f"{e['value']:.3f}", f"{e['ci95'][0]:.2f}-{e['ci95'][1]:.2f}",
                 f"{t['floor']:.2f} {t['floor_name']}", f"{e['ceiling']:.2f}",
                 Text(f"{t['normalised']:+.2f}", style="green" if t["above"] else "yellow"), str(e["n"]),
             )  # fmt: skip
@@ -151,7 +155,7 @@ def print_scores(result: dict, console: Console | None = None) -> None:
         console.print(f"  skipped {n}: {reason}", style="yellow")
 
 
-def _bar(entry: dict, task: dict, width: int = 28) -> Text:
+def _bar(entry: dict, task: dict, width: int) -> Text:
     filled, tick = round(entry["value"] * width), min(width - 1, round(task["floor"] * width))
     text = Text("━" * filled, style="green" if task["above"] else "yellow")
     text.append("─" * (width - filled), style="bright_black")

@@ -14,18 +14,22 @@ from typing import Any
 from eval import kc_mmbench, scorers
 from eval.floors import chance_box, chance_choices, chance_open, chance_order
 from eval.task import Item, Task, read_items
+from mm.common.config import nearest
 from mm.common.errors import UserError
 
 CAPTIONS = ("caption_colour", "caption_shape", "caption_motion")
 TASKS = (*CAPTIONS, "counting", "ocr", "order", "grounding")
+SPLITS = ("seen", "unseen")
 IOU_THRESHOLD = 0.5
 
 
-def load_tasks(world: str | Path, *, splits: Sequence[str] = ("seen", "unseen"), kc: bool = True) -> list[Task]:
+def load_tasks(world: str | Path, *, splits: Sequence[str] = SPLITS, kc: bool = True) -> list[Task]:
     """Tasks of a world folder. Raises UserError where it is none, or a task's file is missing."""
     root = Path(world)
     if not (root / "world.json").exists():
         raise UserError(f"{world} is no world (no world.json); make one with `mm data make-world {world}`")
+    if wrong := [s for s in splits if s not in SPLITS]:
+        raise UserError(f"splits: {wrong[0]!r} is not known{nearest(wrong[0], SPLITS)}")
     rows = {name: read_items(_file(root, name)) for name in TASKS}
     nouns = sorted({c for item in rows["caption_shape"] for c in item.choices or ()})
     tasks = [_task(name, items, root, splits, nouns) for name, items in rows.items()]
