@@ -92,7 +92,7 @@ class PoolAttention(nn.Module):
         scores = (k * q).sum(-1).float() * q.shape[-1] ** -0.5  # [N, H]
         of = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)  # picture of each patch
         none = scores.new_full((len(lengths), self.heads), -torch.inf)
-        top = none.index_reduce(0, of, scores.detach(), "amax")
+        top = none.scatter_reduce(0, of[:, None].expand_as(scores), scores.detach(), "amax")
         p = (scores - top[of]).exp()
         total = p.new_zeros(len(lengths), self.heads).index_add(0, of, p)
         weighted = (p / total[of])[..., None] * v.float()  # [N, H, d]

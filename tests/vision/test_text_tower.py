@@ -1,0 +1,114 @@
+"""Contrastive model and sigmoid loss against transformers' SiglipModel."""
+
+import pytest
+import torch
+
+from mm.common.errors import UserError
+from vision.text_tower import ContrastiveModel, TextConfig, TextTower, sigmoid_loss
+from vision.vit import VisionConfig, VisionTower
+
+
+def model(**vision) -> ContrastiveModel:
+    numbers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ContrastiveModel(
+        VisionTower(VisionConfig(**numbers, patch_size=8, image_size=32, **vision)),
+        TextTower(TextConfig(**numbers, vocab_size=64, max_positions=12, projection_size=32)),
+    )
+
+
+def patches(images: torch.Tensor) -> torch.Tensor:
+    x = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5)  # [B, h, w, 3, 8, 8]
+    return x.flatten(3).flatten(0, 2)
+
+
+def test_it_is_siglip(shared_data):
+    """Embeddings, pooled features and loss of another project's SigLIP on fixed inputs."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    folder = shared_data / "oracles" / "generated" / "siglip_tiny"
+    io = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(folder / "io.npz").items()}
+    ours = model(rope=False)
+    ours.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    compare(ours, io["pixel_values"], io["input_ids"], io["image_embeds"], io["text_embeds"], io["loss"])
+
+
+def test_it_is_transformers_siglip_model():
+    hf = pytest.importorskip("transformers")
+    numbers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = hf.SiglipModel(hf.SiglipConfig(
+        text_config={**numbers, "vocab_size": 64, "max_position_embeddings": 12},
+        vision_config={**numbers, "patch_size": 8, "image_size": 32},
+    )).eval()  # fmt: skip
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape) * 0.2)
+    ours = model(rope=False)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images, ids = torch.randn(5, 3, 32, 32), torch.randint(0, 64, (5, 12))
+    want = theirs(pixel_values=images, input_ids=ids, return_loss=True)
+    compare(ours, images, ids, want.image_embeds, want.text_embeds, want.loss)
+
+
+def compare(ours, images, ids, image_embeds, text_embeds, loss):
+    n, length = ids.shape
+    image = ours.image_embeds(patches(images), torch.tensor([[1, 4, 4]] * n))
+    text = ours.text_embeds(ids.flatten(), torch.arange(0, n * length + 1, length, dtype=torch.int32))
+    assert torch.allclose(image, image_embeds, atol=1e-5), (image - image_embeds).abs().max()
+    assert torch.allclose(text, text_embeds, atol=1e-5), (text - text_embeds).abs().max()
+    total, count = sigmoid_loss(image, text, ours.logit_scale, ours.logit_bias)
+    assert count == n
+    assert torch.allclose(total / count, loss, atol=1e-5), (total / count, loss)
+
+
+def test_packed_pairs_are_each_alone():
+    """Texts and clips of many lengths in one row; one vector a clip; bytes are normalised."""
+    ours = model()
+    ours.init_weights(0)
+    grids = torch.tensor([[1, 4, 4], [3, 2, 2], [1, 6, 3]])
+    pixels = torch.randint(0, 256, (int(grids.prod(1).sum()), 192), dtype=torch.uint8)
+    together = ours.image_embeds(pixels, grids)
+    sizes = grids.prod(1).tolist()
+    alone = [ours.image_embeds(p, g[None]) for p, g in zip(pixels.split(sizes), grids, strict=True)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert torch.allclose(together.norm(dim=1), torch.ones(3), atol=1e-6)
+    ids, lengths = torch.randint(0, 64, (12,)), [5, 1, 6]
+    cu = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    alone = [ours.text_embeds(t, torch.tensor([0, len(t)], dtype=torch.int32)) for t in ids.split(lengths)]
+    assert torch.allclose(ours.text_embeds(ids, cu), torch.cat(alone), atol=1e-5)
+
+
+def test_every_parameter_learns():
+    ours = model()
+    ours.init_weights(0)
+    grids = torch.tensor([[1, 2, 2], [2, 2, 2]])
+    image = ours.image_embeds(torch.randint(0, 256, (12, 192), dtype=torch.uint8), grids)
+    text = ours.text_embeds(torch.randint(0, 64, (7,)), torch.tensor([0, 3, 7], dtype=torch.int32))
+    sigmoid_loss(image, text, ours.logit_scale, ours.logit_bias)[0].backward()
+    assert [n for n, p in ours.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_a_fresh_model_depends_on_seed_and_names_alone():
+    with torch.device("meta"):
+        a = model()
+    a.to_empty(device="cpu").init_weights(3)
+    b, c = model(), model()
+    b.init_weights(3)
+    c.init_weights(4)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(b.vision_model.head.probe, c.vision_model.head.probe)
+    assert b.logit_scale.exp().item() == pytest.approx(10.0)
+    assert b.logit_bias.item() == -10.0
+
+
+def test_user_mistakes():
+    ours = model()
+    ours.init_weights(0)
+    with pytest.raises(UserError, match="1 to 12 tokens"):
+        ours.text_embeds(torch.zeros(13, dtype=torch.int64), torch.tensor([0, 13], dtype=torch.int32))
+    with pytest.raises(UserError, match="projection_size"):
+        numbers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        ContrastiveModel(
+            VisionTower(VisionConfig(**numbers, image_size=28)),
+            TextTower(TextConfig(**numbers, vocab_size=8, projection_size=16)),
+        )
