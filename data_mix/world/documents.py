@@ -39,7 +39,9 @@ def _questions(truth: dict, lang: str, random) -> list[text.Turn]:
     """Only what the caption says: it names material and size of few things, and no places at the end."""
     said = text.caption(truth, lang)
     if truth["events"]:
-        asked = [t for t in text.clip_questions(truth, lang, random) if t["type"] not in ("when", "end_side", "count")]
+        asked = [
+            t for t in text.clip_questions(truth, lang, random) if t["type"] not in ("when", "end_side", "count")
+        ]
     else:
         asked = text.still_questions(truth, lang, random)
     out = []

@@ -40,9 +40,9 @@ def mp4(frames: list[np.ndarray], fps: int, sound: np.ndarray) -> bytes:
 
 def read_mp4(data: bytes) -> tuple[list[np.ndarray], np.ndarray]:
     """Frames uint8 [h, w, 3] and sound float [2, samples] from time 0 (the encoder's run-in is cut)."""
-    with av.open(io.BytesIO(data)) as box:
+    with av.open(io.BytesIO(data), "r") as box:
         frames = [f.to_ndarray(format="rgb24") for f in box.decode(video=0)]
-    with av.open(io.BytesIO(data)) as box:
+    with av.open(io.BytesIO(data), "r") as box:
         parts = list(box.decode(audio=0))
-    early = max(0, -int((parts[0].pts or 0) * parts[0].time_base * RATE))
+    early = max(0, -round((parts[0].time or 0.0) * RATE))
     return frames, np.concatenate([p.to_ndarray() for p in parts], 1)[:, early:]

@@ -71,7 +71,9 @@ def cpv(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     shot = _item(random, pair, thing["material"])
     title = shop.item_title(thing, lang, random, [told])
     names = [say(k, lang) for k in keys]
-    options = "；".join(f"{n}：{'、'.join(say(v, lang) for v in _VALUES[k])}" for k, n in zip(keys, names, strict=True))
+    options = "；".join(
+        f"{n}：{'、'.join(say(v, lang) for v in _VALUES[k])}" for k, n in zip(keys, names, strict=True)
+    )
     if lang == "zh":
         question = f"商品标题：{title}\n请给出商品属性，可选值：{options}\n以JSON回答。"
     else:
@@ -90,7 +92,9 @@ def video_topic(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
         pool = [p for p in COLOUR_SHAPE if (p[1] == pair[1]) == same and (p[0] != pair[0] or not same)]
         shots.append(_cover(random, any_pair(random, pairs=pool)))
     if lang == "zh":
-        question = "三个视频的封面如上，主题是最大的东西的形状。视频2和视频3与视频1主题相同吗？依次回答是或否，用_连接。"
+        question = (
+            "三个视频的封面如上，主题是最大的东西的形状。视频2和视频3与视频1主题相同吗？依次回答是或否，用_连接。"
+        )
     else:
         question = ("These are the covers of three videos; the topic is the shape of the largest thing. Have video 2 "
                     "and video 3 the topic of video 1? Answer yes or no for each, joined by _.")  # fmt: skip
@@ -202,7 +206,9 @@ def spu(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     return _row(question + SUFFIX[lang], _yes(same, lang), shots, pair=pair, differ=attribute)
 
 
-MAKERS: dict[str, Callable] = dict(zip(TASKS, (cpv, video_topic, video_order, rude_comment, high_like, spu), strict=True))
+MAKERS: dict[str, Callable] = dict(
+    zip(TASKS, (cpv, video_topic, video_order, rude_comment, high_like, spu), strict=True)
+)
 
 
 def kc_row(seed: int, task: str, split: str, index: int) -> dict[str, Any]:

@@ -160,9 +160,9 @@ class _World:
             if have[row["task"]] < limit:
                 self.rows[row["task"]].append({**row, "id": f"{row['task']}-{split}-{have[row['task']]:04d}"})
         counts = [r for r in self.rows["counting"] if r["split"] == split]
-        row = tasks.clip_count_row(split, media, truth, len(counts))
-        if row and sum(r["answer"] == row["answer"] for r in counts) < max(1, limit // 16):
-            self.rows["counting"].append(row)
+        found = tasks.clip_count_row(split, media, truth, len(counts))
+        if found and sum(r["answer"] == found["answer"] for r in counts) < max(1, limit // 16):
+            self.rows["counting"].append(found)
 
     def test_clips_made(self) -> None:
         """Per split: half a set where two act, half where one acts, half where two act again: the caption rows
@@ -288,6 +288,10 @@ def _jobs_in(size: WorldSize) -> int:
     return size.clips + tests + sum(size.families.values()) + 6 * size.rows + size.items + kc_jobs + texts
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _existing(folder: Path, size: str, seed: int) -> dict | None:
     """The world that is there already, if it is the one wanted. Raises UserError for anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -298,8 +302,8 @@ def _existing(folder: Path, size: str, seed: int) -> dict | None:
     have = (facts.get("version"), facts.get("size"), facts.get("seed"))
     if have != (VERSION, size, seed):
         raise UserError(
-            f"{folder} is a world of version {have[0]}, size {have[1]}, seed {have[2]}, not {VERSION}, {size}, {seed}; "
-            "remove it or choose another folder"
+            f"{folder} is a world of version {have[0]}, size {have[1]}, seed {have[2]}, "
+            f"not {VERSION}, {size}, {seed}; remove it or choose another folder"
         )
     return facts
 
@@ -317,9 +321,10 @@ def make_world(
     folder = Path(folder)
     if size not in WORLD_SIZES:
         raise UserError(f"world size {size!r} is not known; use {', '.join(WORLD_SIZES)}")
-    if (facts := _existing(folder, size, seed)) is not None:
-        return facts
-    workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    existing = _existing(folder, size, seed)
+    if existing is not None:
+        return existing
+    workers = workers or _cores()
     start = time.monotonic()
     with atomic_folder(folder) as root, Progress(_jobs_in(WORLD_SIZES[size]), "world", quiet=quiet) as progress:
         facts = _fill(root, size, seed, workers, progress)

@@ -219,4 +219,3 @@ def add_bystander(scene: Scene, free: tuple[int, ...], random, *, limit: float) 
             scene.things.append(thing)
             return True
     return False
-

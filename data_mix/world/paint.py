@@ -2,6 +2,7 @@
 turned and scaled for each clip."""
 
 import functools
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,13 +14,14 @@ _SIDE, _SUPER, _VARIANTS = 112, 2, 3  # atlas side in px, supersampling, texture
 _LIGHT = np.array([-0.45, -0.6, 0.66], np.float32)  # from the upper left, towards the viewer
 
 
-def _grid() -> tuple[np.ndarray, np.ndarray]:
+def _grid() -> tuple[Any, Any]:
     n = _SIDE * _SUPER
     axis = (np.arange(n, dtype=np.float32) + 0.5) / n * 2.1 - 1.05
-    return np.meshgrid(axis, axis)  # x to the right, y down, the thing within [-1, 1]
+    x, y = np.meshgrid(axis, axis)
+    return x, y  # x to the right, y down, the thing within [-1, 1]
 
 
-def _bevel(distance: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _bevel(distance: np.ndarray, width: float) -> tuple:
     """Normals of a plate whose rim falls off over `width`; distance is > 0 inside."""
     height = np.sqrt(np.clip(1 - (1 - np.clip(distance / width, 0, 1)) ** 2, 0, 1)) * width
     gy, gx = np.gradient(height, 2.1 / (_SIDE * _SUPER))
@@ -134,7 +136,9 @@ def sprite(
     maps = _atlas(shape, material, int(random.integers(_VARIANTS)))
     if turn:
         maps = maps.rotate(turn, Image.Resampling.BILINEAR)
-    rgba = np.asarray(maps.resize((side, side), Image.Resampling.BOX if side < 60 else Image.Resampling.BICUBIC), np.float32)
+    rgba = np.asarray(
+        maps.resize((side, side), Image.Resampling.BOX if side < 60 else Image.Resampling.BICUBIC), np.float32
+    )
     base = np.array(RGB[colour], np.float32) * light * random.uniform(0.92, 1.06)
     shade, gloss, opacity = rgba[..., :1] * (1.6 / 255), rgba[..., 1:2] / 255, rgba[..., 3:] / 255
     colour_map = np.clip(base * shade, 0, 255) * (1 - gloss) + 250 * gloss

@@ -9,7 +9,11 @@ from data_mix.world.stills import any_pair, picture
 from data_mix.world.words import COLOURS, MATERIALS, SHAPES, SIZES, full_phrase, phrase, say
 from mm.common.seeds import rng
 
-AUTHORS = tuple(f"{a}{b}" for a in ("mila", "toro", "kiki", "bao", "lumi", "rex", "yuan", "nori") for b in ("", "_tv", "88", "lab", "go"))
+AUTHORS = tuple(
+    f"{a}{b}"
+    for a in ("mila", "toro", "kiki", "bao", "lumi", "rex", "yuan", "nori")
+    for b in ("", "_tv", "88", "lab", "go")
+)
 TOPICS = ("toys", "kitchen", "garden", "sport", "music", "travel")
 RUDE = ("grumbo", "zonk", "blorp", "fligger", "snarf", "dweezle")
 RUDE_ZH = ("呆瓜", "笨蛋", "讨厌鬼")
@@ -17,7 +21,10 @@ NICE = ("so good", "love it", "nice one", "well made", "more please", "great sou
 NICE_ZH = ("真好看", "喜欢", "不错", "再来一个", "声音好听", "太棒了")
 SPAM = ("follow me for coins", "cheap coins here", "click my page", "win a phone now")
 SPAM_ZH = ("加我领红包", "点我主页", "低价金币")
-_FLAIR = {"en": ("Sunny", "Classic", "Lovely", "Little", "Daily", "Royal"), "zh": ("经典", "时尚", "可爱", "日常", "精选", "甄选")}
+_FLAIR = {
+    "en": ("Sunny", "Classic", "Lovely", "Little", "Daily", "Royal"),
+    "zh": ("经典", "时尚", "可爱", "日常", "精选", "甄选"),
+}
 # What people like, as points: the model is never told, but it shows. Held-out pairs spread like the others.
 _COLOUR_LIKES = dict(zip(COLOURS, (1.2, -0.8, 0.4, -1.2, 0.8, -0.4), strict=True))
 _SHAPE_LIKES = dict(zip(SHAPES, (0.3, 0.6, -0.6, 0.9, -0.9, -0.3), strict=True))
@@ -31,7 +38,7 @@ def like_points(colour: str, shape: str, sign: bool) -> float:
 
 def likes(points: float, random: np.random.Generator) -> int:
     """A count of likes; above 1000 exactly where points + noise > 0."""
-    return int(round(1000 * np.exp(0.8 * (points + _NOISE * random.standard_normal()))))
+    return round(1000 * math.exp(0.8 * (points + _NOISE * random.standard_normal())))
 
 
 def like_chance(points: float) -> float:
@@ -58,12 +65,17 @@ def clip_meta(seed: int, name: str, number: int, truth: dict) -> dict[str, Any]:
     author = str(random.choice(AUTHORS))
     topic = str(random.choice(TOPICS))
     part = say(str(random.choice([hero["shape"], hero["material"]])), lang)
-    title = f"{author}的{part} 第{number % 7 + 1}集" if lang == "zh" else f"{author} and the {part}, part {number % 7 + 1}"
+    title = (
+        f"{author}的{part} 第{number % 7 + 1}集"
+        if lang == "zh"
+        else f"{author} and the {part}, part {number % 7 + 1}"
+    )
     points = like_points(hero["colour"], hero["shape"], bool(truth["signs"]))
     return {
         "title": title, "lang": lang, "author": author, "topic": topic,
         "series": {"id": f"{author}-{topic}", "episode": number % 7 + 1},
-        "likes": likes(points, random), "comments": [comment(random, lang) for _ in range(int(random.integers(1, 5)))],
+        "likes": likes(points, random),
+        "comments": [comment(random, lang) for _ in range(int(random.integers(1, 5)))],
     }  # fmt: skip
 
 
@@ -92,7 +104,7 @@ def make_item(seed: int, number: int, pair: tuple[str, str] | None = None) -> di
     row = {
         "id": name, "attributes": thing, "price": int(random.integers(3, 100)), "currency": "¥",
         "title": {lang: item_title(thing, lang, random, told) for lang in ("en", "zh")},
-        "name": {lang: full_phrase(*(thing[k] for k in ("colour", "shape", "material", "size")), lang)
+        "name": {lang: full_phrase(thing["colour"], thing["shape"], thing["material"], thing["size"], lang)
                  for lang in ("en", "zh")},
         "short": phrase(thing["colour"], thing["shape"], "en"), "pictures": list(media), "views": truths,
     }  # fmt: skip
@@ -104,6 +116,7 @@ def make_users(seed: int, n: int, clips: list[dict], items: list[dict]) -> list[
 
     clips, items: rows with "id" and "thing" = {colour, shape, material}.
     """
+
     def points(rows: list[dict], taste: dict[str, float]) -> np.ndarray:
         return np.array([sum(taste[r["thing"][k]] for k in ("colour", "shape", "material")) for r in rows])
 

@@ -207,7 +207,7 @@ def _interleaved(random, lang: str):
     truths = [t for _, t in shots]
     turns: list[Turn] = []
     for i in random.permutation(n)[:3]:
-        p = phrase(*heroes[i], lang)
+        p = phrase(heroes[i][0], heroes[i][1], lang)
         q = f"哪张图有{p}？" if lang == "zh" else f"Which picture shows a {p}?"
         turns.append({"type": "which", "q": q, "a": str(i + 1)})
     said = [s["text"] for t in truths for s in t["signs"]]

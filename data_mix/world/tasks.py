@@ -108,7 +108,8 @@ def reorder(truth: dict, random: np.random.Generator) -> dict | None:
     """
     if any(e["motion"] == "bounces" for e in truth["events"]):
         return None
-    places, kept = _places(truth), []
+    places = _places(truth)
+    kept: list[int] = []
     for i, p in enumerate(places):
         if all(np.abs(p - places[j]).max() >= 0.08 for j in kept):
             kept.append(i)
@@ -119,7 +120,11 @@ def reorder(truth: dict, random: np.random.Generator) -> dict | None:
         pass
     lang = language(random)
     story = text.caption({**truth, "signs": []}, lang)
-    q = f"帧被打乱了。{story}写出正确的顺序。" if lang == "zh" else f"The frames are shuffled: {story} Give the right order."
+    q = (
+        f"帧被打乱了。{story}写出正确的顺序。"
+        if lang == "zh"
+        else f"The frames are shuffled: {story} Give the right order."
+    )
     answer = " ".join(str(order.index(i) + 1) for i in range(len(kept)))
     turn = {"type": "reorder", "q": q, "a": answer}
     return stills.conversation(_video([kept[i] for i in order]), [turn], "reorder", {"lang": lang})
@@ -206,7 +211,14 @@ def eval_still(seed: int, task: str, split: str, index: int, pair: tuple[str, st
 def still_row(task: str, split: str, number: int, file: str, turn: text.Turn, truth: dict) -> dict[str, Any]:
     hero = truth["things"][0]
     held = ["colour_shape"] if (hero["colour"], hero["shape"]) in HELD_COLOUR_SHAPE else []
-    meta = {"media": "image", "lang": "en", "hero": hero, "held": held, "width": truth["width"], "height": truth["height"]}
+    meta = {
+        "media": "image",
+        "lang": "en",
+        "hero": hero,
+        "held": held,
+        "width": truth["width"],
+        "height": truth["height"],
+    }
     return eval_row(task, split, number, file, turn, list("12345") if task == "counting" else None, meta)
 
 

@@ -3,6 +3,7 @@
 A truth is the dict that truth.py makes: things, events, signs, and boxes and visible shares at the sampled frames.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ def counted(truth: dict, sample: int) -> list[int] | None:
 
 def unique(truth: dict, key: str) -> list[dict]:
     """Things that are alone in having their colour (or shape, or both: key 'pair')."""
+
     def of(t: dict) -> Any:
         return (t["colour"], t["shape"]) if key == "pair" else t[key]
 
@@ -114,11 +116,15 @@ def attributes(truth: dict, lang: str, random: np.random.Generator, things: list
     for t in unique(truth, "colour"):
         if t in pool:
             c = say(t["colour"], lang)
-            out.append(_t("shape", lang, f"What shape is the {c} thing?", f"{c}的东西是什么形状？", say(t["shape"], lang)))
+            out.append(
+                _t("shape", lang, f"What shape is the {c} thing?", f"{c}的东西是什么形状？", say(t["shape"], lang))
+            )
     for t in unique(truth, "pair"):
         if t in pool:
             p = short(t, lang)
-            out.append(_t("material", lang, f"What is the {p} made of?", f"{p}是什么材料？", say(t["material"], lang)))
+            out.append(
+                _t("material", lang, f"What is the {p} made of?", f"{p}是什么材料？", say(t["material"], lang))
+            )
             out.append(_t("size", lang, f"Is the {p} small or large?", f"{p}是大还是小？", say(t["size"], lang)))
     return [out[i] for i in random.permutation(len(out))]
 
@@ -151,7 +157,7 @@ def _sign_asked(truth: dict, lang: str, random: np.random.Generator) -> list[Tur
 def beside(truth: dict, lang: str, random: np.random.Generator) -> list[Turn]:
     """Left or right of one another, where the gap is clear."""
     order, boxes, out = left_to_right(truth), truth["boxes"][0], []
-    for a, b in zip(order, order[1:], strict=False):
+    for a, b in itertools.pairwise(order):
         if not boxes[a] or not boxes[b] or boxes[a][0][2] > boxes[b][0][0] + 4:
             continue
         ta, tb = truth["things"][a], truth["things"][b]
@@ -200,14 +206,22 @@ def order(truth: dict, lang: str, random: np.random.Generator) -> Turn:
 def actor(truth: dict, lang: str) -> Turn:
     first = " first" if len(truth["events"]) > 1 else ""
     zh = "谁先动？" if first else "谁在动？"
-    return _t("actor", lang, f"Which thing acts{first}?", zh, short(truth["things"][truth["events"][0]["thing"]], lang))
+    return _t(
+        "actor", lang, f"Which thing acts{first}?", zh, short(truth["things"][truth["events"][0]["thing"]], lang)
+    )
 
 
 def when(truth: dict, event: dict, lang: str) -> Turn:
     p = short(truth["things"][event["thing"]], lang)
     t0, t1 = np.floor(event["t0"] * 2) / 2, min(np.ceil(event["t1"] * 2) / 2, truth["seconds"])
     span = f"<|clip_time_start|>[{t0:.1f},{t1:.1f}]<|clip_time_end|>"
-    return _t("when", lang, f"When does the {p} {_BASE[event['motion']]}?", f"{p}什么时候{say(event['motion'], lang)}？", span)
+    return _t(
+        "when",
+        lang,
+        f"When does the {p} {_BASE[event['motion']]}?",
+        f"{p}什么时候{say(event['motion'], lang)}？",
+        span,
+    )
 
 
 def ends(truth: dict, lang: str) -> Turn | None:
@@ -233,7 +247,8 @@ def clip_questions(truth: dict, lang: str, random: np.random.Generator, said: st
     first = [who, *acts, does(truth, events[int(random.integers(len(events)))], lang, random)]
     rest: list[Turn | None] = [
         *attributes(truth, lang, random, movers)[:4], count(truth, lang, 0, "start"),
-        count(truth, lang, -1, "end"), ends(truth, lang), *_sign_asked(truth, lang, random), present(truth, lang, random),
+        count(truth, lang, -1, "end"), ends(truth, lang), *_sign_asked(truth, lang, random),
+        present(truth, lang, random),
         when(truth, events[int(random.integers(len(events)))], lang), *attributes(truth, lang, random)[:2],
     ]  # fmt: skip
     picked = _mixed(first, random)[: 2 if random.random() < 0.5 else 3] + _mixed(rest, random)

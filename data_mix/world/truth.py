@@ -1,6 +1,5 @@
 """The truth of a scene as plain JSON, and drawn media with it."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ def truth_of(stage: Stage, sounds: list[dict]) -> dict[str, Any]:
     of the clip and the visible share of each thing; sounds: onset, kind, thing, pan, gain."""
     s = stage.scene
     n = range(len(s.things))
-    events = [{k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(e).items()} for e in s.events]
-    for e in events:
-        e["hits"] = [round(h, 3) for h in e["hits"]]
+    events = [
+        {"thing": e.thing, "motion": e.motion, "t0": round(e.t0, 3), "t1": round(e.t1, 3),
+         "hits": [round(h, 3) for h in e.hits]} for e in s.events
+    ]  # fmt: skip
     return {
         "width": s.width, "height": s.height, "frames": s.frames, "fps": FPS,
         "seconds": round(s.seconds, 3) if s.frames > 1 else 0, "background": s.background, "light": s.light,
@@ -30,7 +30,9 @@ def truth_of(stage: Stage, sounds: list[dict]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_clip(seed: int, name: str, hero: tuple[str, str, str], *, second: bool) -> tuple[list[np.ndarray], bytes, dict]:
+def make_clip(
+    seed: int, name: str, hero: tuple[str, str, str], *, second: bool
+) -> tuple[list[np.ndarray], bytes, dict]:
     """(frames before encoding uint8 [h, w, 3], mp4 bytes, truth) of clip `name`."""
     s = motion.clip_scene(hero, rng(seed, "motion", name), second=second)
     stage = Stage(s, rng(seed, "look", name))

@@ -1,4 +1,4 @@
-"""One page that shows the world: clips that play, their truth, every task with an example, balance, held-out pairs."""
+"""One page that shows the world: clips that play, their truth, every task with an example, balance, pairs."""
 
 import base64
 import csv
@@ -22,14 +22,18 @@ from mm.common.files import read_json, read_jsonl, write_atomic
 
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1320px;padding:24px;background:#fafaf8;color:#1c1c22}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:17px;margin:32px 0 10px;border-bottom:1px solid #d8d8d2;padding-bottom:4px}
+h1{font-size:24px;margin:0 0 4px}
+h2{font-size:17px;margin:32px 0 10px;border-bottom:1px solid #d8d8d2;padding-bottom:4px}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}
 .card{background:#fff;border:1px solid #e2e2dc;border-radius:8px;padding:12px;overflow:hidden}
-.media{display:flex;gap:8px;align-items:flex-start;flex-wrap:wrap}.media video,.media img{max-width:100%;border-radius:4px;display:block}
+.media{display:flex;gap:8px;align-items:flex-start;flex-wrap:wrap}
+.media video,.media img{max-width:100%;border-radius:4px;display:block}
 .wave{width:100%;height:64px;display:block;margin-top:8px;border-radius:4px}
 .note{color:#666a70;font-size:12.5px}.q{color:#3a4a6a;margin-top:6px}.a{font-weight:600;overflow-wrap:anywhere}
-b.t{display:inline-block;background:#eef0f4;border-radius:4px;padding:0 6px;font-size:12px;font-weight:600;margin-bottom:6px}
-table{border-collapse:collapse;font-size:13px;background:#fff}td,th{border:1px solid #e2e2dc;padding:3px 9px;text-align:right}
+b.t{display:inline-block;background:#eef0f4;border-radius:4px;padding:0 6px;
+font-size:12px;font-weight:600;margin-bottom:6px}
+table{border-collapse:collapse;font-size:13px;background:#fff}
+td,th{border:1px solid #e2e2dc;padding:3px 9px;text-align:right}
 th{background:#f2f2ee;font-weight:600}td:first-child,th:first-child{text-align:left}.tables{display:flex;gap:18px;flex-wrap:wrap}
 td.held{background:#f6d8d4;color:#8a2018;font-weight:600;text-align:center}td.kept{text-align:center;color:#b4b8bc}
 """
@@ -62,7 +66,14 @@ def _boxed(frame: np.ndarray, boxes: list, things: list[dict], signs: list[dict]
     for thing, parts in zip(things, boxes, strict=True):
         for b in parts:
             draw.rectangle([v * k for v in b], outline=_INK[thing["colour"]], width=2)
-            draw.text((b[0] * k + 3, b[1] * k), thing["shape"], (255, 255, 255), _LABEL, stroke_width=2, stroke_fill=(0, 0, 0))
+            draw.text(
+                (b[0] * k + 3, b[1] * k),
+                thing["shape"],
+                (255, 255, 255),
+                _LABEL,
+                stroke_width=2,
+                stroke_fill=(0, 0, 0),
+            )
     for s in signs:
         draw.rectangle([v * k for v in s["box"]], outline=(0, 230, 230), width=1)
     return image
@@ -93,15 +104,20 @@ def _clip_card(root: Path, path: Path) -> str:
         f"{truth['things'][e['thing']]['colour']} {truth['things'][e['thing']]['shape']} <b>{e['motion']}</b> "
         f"{e['t0']:.1f}-{e['t1']:.1f} s" for e in truth["events"]
     )  # fmt: skip
-    heard = ", ".join(f"{s['kind']} {s['t']:.2f} s {'left' if s['pan'] < 0 else 'right'} {abs(s['pan']):.1f}" for s in truth["sounds"])
+    heard = ", ".join(
+        f"{s['kind']} {s['t']:.2f} s {'left' if s['pan'] < 0 else 'right'} {abs(s['pan']):.1f}"
+        for s in truth["sounds"]
+    )
     things = ", ".join(" ".join(t.values()) for t in truth["things"])
     said = "; ".join(f"{c['text']}{' (rude)' if c['rude'] else ''}" for c in truth["comments"])
-    return f"""<div class=card><b class=t>{_e(truth['id'])} &middot; {truth['split']} &middot; {truth['width']}x{truth['height']}</b>
-<div class=media><video src="{_uri(data, 'video/mp4')}" controls loop preload=auto {fit}></video>
-{_img(_png(still), 'image/png', fit)}</div>
-<img class=wave src="{_uri(_spectrogram(sound, [s['t'] for s in truth['sounds']]), 'image/png')}">
-<div class=a>{acts}</div><div class=note>{_e(things)}<br>{_e('sign: ' + ', '.join(s['text'] for s in truth['signs']) if truth['signs'] else 'no sign')}
-&middot; {truth['background']}<br>hears {_e(heard)}<br>&ldquo;{_e(truth['title'])}&rdquo;, {truth['likes']} likes; {_e(said)}</div></div>"""
+    signs = "sign: " + ", ".join(g["text"] for g in truth["signs"]) if truth["signs"] else "no sign"
+    sound_uri = _uri(_spectrogram(sound, [s["t"] for s in truth["sounds"]]), "image/png")
+    title = f"{truth['id']} &middot; {truth['split']} &middot; {truth['width']}x{truth['height']}"
+    return f"""<div class=card><b class=t>{title}</b>
+<div class=media><video src="{_uri(data, "video/mp4")}" controls loop preload=auto {fit}></video>
+{_img(_png(still), "image/png", fit)}</div><img class=wave src="{sound_uri}"><div class=a>{acts}</div>
+<div class=note>{_e(things)}<br>{_e(signs)} &middot; {truth["background"]}<br>hears {_e(heard)}<br>
+&ldquo;{_e(truth["title"])}&rdquo;, {truth["likes"]} likes; {_e(said)}</div></div>"""
 
 
 def _media(data: bytes, suffix: str) -> str:
@@ -113,7 +129,15 @@ def _media(data: bytes, suffix: str) -> str:
 def _part_text(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join(p["text"] if p["type"] == "text" else f"[{p['type']}{' frames ' + str(p['frames']) if 'frames' in p else ''}] " for p in content)
+    out = ""
+    for p in content:
+        order = f" frames {p['frames']}" if "frames" in p else ""
+        out += p["text"] if p["type"] == "text" else f"[{p['type']}{order}] "
+    return out
+
+
+def _card(title: str, media: str, said: str) -> str:
+    return f"<div class=card><b class=t>{title}</b><div class=media>{media}</div>{said}</div>"
 
 
 def _source_card(root: Path, name: str, number: int) -> str:
@@ -124,7 +148,7 @@ def _source_card(root: Path, name: str, number: int) -> str:
     lines = []
     for m in sample["messages"]:
         lines.append(f"<div class={'q' if m['role'] == 'user' else 'a'}>{_e(_part_text(m['content']))}</div>")
-    return f"<div class=card><b class=t>{name} &middot; {len(source.keys)} samples</b><div class=media>{shown}</div>{''.join(lines)}</div>"
+    return _card(f"{name} &middot; {len(source.keys)} samples", shown, "".join(lines))
 
 
 def _eval_card(root: Path, rows: list[dict], split: str) -> str:
@@ -133,21 +157,25 @@ def _eval_card(root: Path, rows: list[dict], split: str) -> str:
     media = [p[p["type"]] for p in parts if p["type"] != "text"]
     shown = "".join(_media((root / m).read_bytes(), m) for m in media)
     choices = f"<div class=note>choices: {_e(', '.join(row['choices']))}</div>" if row["choices"] else ""
-    return (f"<div class=card><b class=t>{row['task']} &middot; {split}</b><div class=media>{shown}</div>"
-            f"<div class=q>{_e(_part_text(parts))}</div><div class=a>{_e(row['answer'])}</div>{choices}</div>")  # fmt: skip
+    said = f"<div class=q>{_e(_part_text(parts))}</div><div class=a>{_e(row['answer'])}</div>{choices}"
+    return _card(f"{row['task']} &middot; {split}", shown, said)
 
 
 def _kc_card(root: Path, task: str, split: str) -> str:
     with open(root / "kc" / "subsets" / f"{task}.tsv", encoding="utf-8", newline="") as f:
         row = next(r for r in csv.DictReader(f, delimiter="\t") if r["category"].startswith(split))
-    shown = "".join(_img((root / "kc" / "images" / p).read_bytes(), extra="height=110") for p in json.loads(row["image_path"]))
-    return (f"<div class=card><b class=t>{task} &middot; {row['category']}</b><div class=media>{shown}</div>"
-            f"<div class=q>{_e(row['question'])}</div><div class=a>{_e(row['answer'])}</div></div>")  # fmt: skip
+    shown = "".join(
+        _img((root / "kc" / "images" / p).read_bytes(), extra="height=110") for p in json.loads(row["image_path"])
+    )
+    said = f"<div class=q>{_e(row['question'])}</div><div class=a>{_e(row['answer'])}</div>"
+    return _card(f"{task} &middot; {row['category']}", shown, said)
 
 
 def _table(title: str, columns: list[str], rows: dict[str, Counter]) -> str:
     head = "".join(f"<th>{_e(c)}</th>" for c in columns)
-    body = "".join(f"<tr><td>{_e(n)}</td>{''.join(f'<td>{c[k]}</td>' for k in columns)}</tr>" for n, c in rows.items())
+    body = "".join(
+        f"<tr><td>{_e(n)}</td>{''.join(f'<td>{c[k]}</td>' for k in columns)}</tr>" for n, c in rows.items()
+    )
     return f"<table><tr><th>{_e(title)}</th>{head}</tr>{body}</table>"
 
 
@@ -198,8 +226,8 @@ def view_world(folder: str | Path, out_html: str | Path, *, clips: int = 12) -> 
     head = f"world {facts['version']} &middot; {facts['size']} &middot; seed {facts['seed']}"
     n = facts["counts"]["clips"]
     note = f"{n['train']} training and {n['test']} test clips, {sum(facts['counts']['sources'].values())} samples"
-    page = f"<!doctype html><meta charset=utf-8><title>The bundled world</title><style>{_STYLE}</style><h1>The bundled world</h1>"
-    write_atomic(out, f"{page}<div class=note>{head} &middot; {note}</div>{body}")
+    page = f"<!doctype html><meta charset=utf-8><title>The bundled world</title><style>{_STYLE}</style>"
+    write_atomic(out, f"{page}<h1>The bundled world</h1><div class=note>{head} &middot; {note}</div>{body}")
     return out
 
 

@@ -50,7 +50,9 @@ SIGN_WORDS = (
     "MUSIC", "DANCE", "COFFEE", "TEA", "PARK", "SHOP", "CITY", "FARM", "SPORT", "GAME", "LOVE", "STYLE",
     "FRESH",
 )  # fmt: skip
-SIGN_WORDS_ZH = ("新品", "特价", "热卖", "包邮", "好物", "限时", "秒杀", "推荐", "必买", "清仓", "爆款", "上新")  # fmt: skip
+SIGN_WORDS_ZH = (
+    "新品", "特价", "热卖", "包邮", "好物", "限时", "秒杀", "推荐", "必买", "清仓", "爆款", "上新",
+)  # fmt: skip
 
 
 class Pair(NamedTuple):

@@ -1,6 +1,7 @@
 """What the world asks: training conversations, eval rows and KC-shaped tables are well formed and fair."""
 
 import csv
+import io
 import json
 import re
 from collections import Counter
@@ -15,6 +16,11 @@ from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
 from data_mix.world.truth import truth_of
 from data_mix.world.words import COLOUR_SHAPE, HELD_COLOUR_SHAPE
 from mm.common.seeds import rng
+
+_BOX = re.compile(
+    r"<\|object_ref_start\|>(.+)<\|object_ref_end\|>"
+    r"<\|box_start\|>\[\[(\d+,\d+,\d+,\d+)\]\]<\|box_end\|>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,6 @@ def test_every_source_opens_and_names_its_media(world):
             sample = source.sample(i)
             for suffix, fact in sample["media"].items():
                 if fact["kind"] == "image":
-                    import io
-
                     assert Image.open(io.BytesIO(source.member(i, suffix))).size == (fact["width"], fact["height"])
             roles = [m["role"] for m in sample["messages"]]
             assert roles == ["text"] if name == "text" else roles == ["user", "assistant"] * (len(roles) // 2)
@@ -53,8 +57,7 @@ def test_grounding_tags_hold_boxes_inside_the_frame():
         for k, name in enumerate(made["sample"]["meta"]["types"]):
             answer = made["sample"]["messages"][2 * k + 1]["content"]
             if name == "box":
-                found = re.fullmatch(
-                    r"<\|object_ref_start\|>(.+)<\|object_ref_end\|><\|box_start\|>\[\[(\d+,\d+,\d+,\d+)\]\]<\|box_end\|>", answer)  # fmt: skip
+                found = _BOX.fullmatch(answer)
                 assert found
                 names = [text.short(t, made["sample"]["meta"]["lang"]) for t in truth["things"]]
                 true = stills.thousand(truth["boxes"][0][names.index(found[1])][0], truth)
@@ -159,7 +162,10 @@ def test_the_like_ceiling_is_what_an_oracle_scores():
 def test_users_follow_their_taste(world):
     users = [json.loads(line) for line in (world / "users.jsonl").read_text().splitlines()]
     assert all(u["history"] == sorted(u["history"], key=lambda h: h["t"]) for u in users)
-    rows = [{"id": str(i), "thing": {"colour": c, "shape": s, "material": "wood"}} for i, (c, s) in enumerate(COLOUR_SHAPE)]
+    rows = [
+        {"id": str(i), "thing": {"colour": c, "shape": s, "material": "wood"}}
+        for i, (c, s) in enumerate(COLOUR_SHAPE)
+    ]
     gains = []
     for u in shop.make_users(0, 40, rows, rows):
         score = {r["id"]: u["taste"][r["thing"]["colour"]] + u["taste"][r["thing"]["shape"]] for r in rows}
