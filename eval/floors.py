@@ -1,8 +1,10 @@
 """What a score has to beat: uniform guessing, the commonest answer, no picture, colours alone."""
 
 import dataclasses
+import functools
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.scorers import iou
 from eval.task import Item, Task
 from mm.common.seeds import rng
 
@@ -40,9 +41,17 @@ def chance_order(n: int) -> float:
 
 def chance_box(truth: Sequence[float], threshold: float = 0.5) -> float:
     """Share of boxes with uniform corners whose overlap with `truth` reaches the threshold (fixed seed)."""
+    boxes, t = _random_boxes(), np.asarray(truth, dtype=np.float64)
+    sides = np.minimum(boxes[:, 1], t[2:]) - np.maximum(boxes[:, 0], t[:2])  # [boxes, 2]
+    overlap = sides.clip(min=0).prod(axis=1)
+    areas = (boxes[:, 1] - boxes[:, 0]).prod(axis=1) + (t[2:] - t[:2]).prod()
+    return float(np.mean(overlap >= threshold * (areas - overlap)))
+
+
+@functools.cache
+def _random_boxes() -> np.ndarray:
     corners = rng(0, "chance_box").uniform(0, 1000, (RANDOM_BOXES, 2, 2))
-    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-    return float(np.mean([iou(b, truth) >= threshold for b in boxes.tolist()]))
+    return np.stack([corners.min(axis=1), corners.max(axis=1)], axis=1)  # [boxes, low or high corner, xy]
 
 
 # ---- majority
@@ -62,7 +71,7 @@ def majority_answers(task: Task, rows: list[Item]) -> dict[str, str]:
 def _best_answer(task: Task, rows: list[Item]) -> str:
     counts = Counter(r.answer for r in rows)
     if task.space == "closed":  # answers that mean the same (是, yes) count together
-        means = {a: repr(task.check(rows[0], a)[0]) for a in counts}
+        means = {r.answer: repr(task.check(r, r.answer)[0]) for r in rows}
         groups = Counter(means[r.answer] for r in rows)
         return max(counts, key=lambda a: (groups[means[a]], counts[a]))
     candidates = [a for a, _ in counts.most_common(MAJORITY_CANDIDATES)]
@@ -114,6 +123,7 @@ class Probe:
     """
 
     def __init__(self, rows: list[Item], features: np.ndarray, *, max_classes: int = 64):
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -124,8 +134,9 @@ class Probe:
         use = [i for i, r in enumerate(rows) if r.answer in kept]
         self.constant = next(iter(kept)) if len(kept) == 1 else None
         if self.constant is None:
-            self.model = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=200))
-            self.model.fit(self._inputs([rows[i] for i in use], features[use]), [rows[i].answer for i in use])
+            self.model = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=300, tol=1e-3))
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+                self.model.fit(self._inputs([rows[i] for i in use], features[use]), [rows[i].answer for i in use])
 
     def _inputs(self, rows: list[Item], features: np.ndarray) -> np.ndarray:
         kinds = np.array([[float(r.type == t) for t in self.types] for r in rows], dtype=np.float32)

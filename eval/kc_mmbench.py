@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +181,19 @@ def _list_answer(text: str) -> list[str] | None:
 
 def _chance_json(item: Item, train: list[Item]) -> float:
     """Each attribute guessed among the values training shows for it; 0 where training never shows one."""
-    values: dict[str, set[str]] = {}
-    for row in train:
-        for k, v in (_json_answer(row.answer) or {}).items():
-            values.setdefault(k, set()).add(repr(v))
-    chance = 1.0
+    values, chance = _values_shown(tuple(r.answer for r in train)), 1.0
     for k, v in (_json_answer(item.answer) or {}).items():
         chance *= 1 / len(values[k] | {repr(v)}) if k in values else 0.0
     return chance
+
+
+@lru_cache(maxsize=4)
+def _values_shown(answers: tuple[str, ...]) -> dict[str, set[str]]:
+    values: dict[str, set[str]] = {}
+    for answer in answers:
+        for k, v in (_json_answer(answer) or {}).items():
+            values.setdefault(k, set()).add(repr(v))
+    return values
 
 
 def _ask_equal(item: Item, response: str, parsed: Any) -> str | None:

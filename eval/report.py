@@ -150,7 +150,10 @@ def _training(pieces: Pieces) -> str:
 
 
 def _skipped(pieces: Pieces, results: list[dict]) -> str:
-    found = {**pieces.skipped, **{str(r["run"].get("benchmark", "evaluation")): r["run"]["skipped"] for r in results}}
+    found = dict(pieces.skipped)
+    for run in (r["run"] for r in results):
+        unjudged = {f"{task}: no judging model, decided by exact match": n for task, n in run["unjudged"].items()}
+        found[str(run.get("benchmark", "evaluation"))] = {**run["skipped"], **unjudged}
     rows = "".join(
         f'<tr><td>{escape(where)}</td><td>{escape(reason)}</td><td class="n">{n}</td></tr>'
         for where, reasons in found.items() for reason, n in reasons.items()
@@ -158,7 +161,7 @@ def _skipped(pieces: Pieces, results: list[dict]) -> str:
     named = [name for r in results for name in r["run"].get("skipped_items", [])][:50]
     listed = f"<details><summary>which</summary><pre>{escape(chr(10).join(named))}</pre></details>" if named else ""
     body = f'<div class="card"><table>{rows}</table></div>{listed}' if rows else '<p class="soft">Nothing.</p>'
-    return f"<h2>What was skipped</h2>{body}" if found else ""
+    return f"<h2>What was skipped or left undecided</h2>{body}" if found else ""
 
 
 def _environment(pieces: Pieces) -> str:

@@ -88,7 +88,8 @@ def run(model: Answerer, tasks: list[Task], out: str | Path, run_info: dict, opt
                 if options.judge:
                     _judge(tasks, log, options.judge, options.quiet)
         except KeyboardInterrupt:
-            print(f"\nstopped; {len(log.rows)} answers are kept in {out}, the same command goes on from there")
+            if dist.is_main():
+                print(f"\nstopped; {len(log.rows)} answers are kept in {out}, the same command goes on from there")
             raise
         finally:
             if dist.is_main():
@@ -104,7 +105,7 @@ def _answer_all(model: Answerer, tasks: list[Task], log: ResponseLog, options: O
     """Answers this rank's jobs; returns colour features by (root, media)."""
     variants = ("model", "blind") if options.blind else ("model",)
     jobs = [j for j in make_jobs(tasks) if any(_open(j, log, v) for v in variants)]
-    jobs = jobs[dist.rank() :: dist.world_size()]
+    jobs = _share(jobs)
     features: dict[tuple, np.ndarray] = {}
     greys: dict[str, str] = {}
     with Progress(len(jobs), "answers", quiet=options.quiet or not dist.is_main()) as progress:
@@ -128,6 +129,13 @@ def make_jobs(tasks: list[Task]) -> list[Job]:
             job.wants.append((task, item))
             job.max_new_tokens = max(job.max_new_tokens, task.max_new_tokens)
     return sorted(jobs.values(), key=lambda j: (str(j.root), j.media))
+
+
+def _share(jobs: list[Job]) -> list[Job]:
+    """This rank's jobs: media go round, so that no two ranks decode one clip."""
+    media = [(str(j.root), j.media) for j in jobs]
+    turn = {m: i for i, m in enumerate(dict.fromkeys(media))}
+    return [j for j, m in zip(jobs, media, strict=True) if turn[m] % dist.world_size() == dist.rank()]
 
 
 def _open(job: Job, log: ResponseLog, variant: str) -> bool:

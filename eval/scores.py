@@ -91,7 +91,7 @@ def _run(rows: list[dict], run: dict) -> dict:
     if run.get("floors_from") == "test":
         notes.append("no training rows: majority is the commonest test answer, the probe is cross-validated")
     return {
-        **run, "answers": len(model), "verdicts": dict(judged), "notes": notes,
+        **run, "answers": len(model), "verdicts": dict(judged), "unjudged": dict(unsure), "notes": notes,
         "unparsed": dict(Counter(r["task"] for r in model if r["parsed"] is None)),
         "skipped": dict(Counter(r["skipped"] for r in skipped)),
         "skipped_items": [f"{r['task']}/{r['id']}: {r['skipped']}" for r in skipped[:200]],
