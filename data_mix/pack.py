@@ -162,8 +162,12 @@ class PackPlan:
         order = rng(self.seed, "packs", window).permutation(len(packs))
         return [[draws[i] for i in packs[k]] for k in order]
 
-    def efficiency(self, packs: int = 200) -> dict[str, float]:
-        """Share of each budget that the first `packs` packs fill, and samples per pack."""
+    def efficiency(self, packs: int | None = None) -> dict[str, float]:
+        """Share of each budget that the first `packs` packs fill (default: whole windows, 200 packs or more),
+        and samples per pack."""
+        if packs is None:
+            first, window = self.anchor(200)
+            packs = first + len(self._window(window))
         rows = [self.pack(i) for i in range(packs)]
         tokens, visual = np.sum([np.sum([self.size(d) for d in p], axis=0) for p in rows], axis=0)
         return {
