@@ -1,6 +1,7 @@
 """A very small Keye, and packed rows for it."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -98,7 +99,7 @@ def cut(batch: Batch) -> list[Batch]:
     """The segments of a pack as packs of their own."""
     out, rows = [], 0
     cu = batch.cu_seqlens.tolist()
-    for i, (a, b) in enumerate(zip(cu, cu[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(cu)):
         need = int(((batch.input_ids[a:b] == IMAGE) | (batch.input_ids[a:b] == VIDEO)).sum()) * 4
         grids, patches = [], int(batch.grid_thw[:rows].prod(1).sum())
         while sum(int(g.prod()) for g in grids) < need:

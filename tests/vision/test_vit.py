@@ -12,6 +12,9 @@ from vision.vit import VisionConfig, VisionTower, normalise, row_column
 CONFIG = VisionConfig(
     hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, patch_size=4, image_size=20
 )
+NUMBERS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size",
+)  # fmt: skip
 GRIDS = torch.tensor([[1, 4, 6], [1, 7, 3], [1, 5, 5], [1, 5, 5], [1, 2, 9]])
 
 
@@ -31,8 +34,7 @@ def patches(image: torch.Tensor, size: int) -> torch.Tensor:
 
 def siglip(config: VisionConfig):
     hf = pytest.importorskip("transformers")
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-    numbers = {n: getattr(config, n) for n in names}
+    numbers = {n: getattr(config, n) for n in NUMBERS}
     return noisy(hf.SiglipVisionModel(hf.SiglipVisionConfig(**numbers, vision_use_head=False)))
 
 
@@ -64,8 +66,7 @@ def paddle(config: VisionConfig):
     from transformers.models.paddleocr_vl import modeling_paddleocr_vl as paddleocr
     from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRVisionConfig
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-    theirs = PaddleOCRVisionConfig(**{n: getattr(config, n) for n in names})
+    theirs = PaddleOCRVisionConfig(**{n: getattr(config, n) for n in NUMBERS})
     return noisy(paddleocr.PaddleOCRVisionModel(theirs))
 
 
