@@ -59,8 +59,8 @@ def environment() -> dict[str, str]:
     return facts | {name: version(name) for name in PACKAGES}
 
 
-def show(console: Console | None = None) -> None:
+def show(_: object = None) -> None:
     table = Table("what", "found", title="mm env")
     for key, value in environment().items():
         table.add_row(key, value)
-    (console or Console()).print(table)
+    Console().print(table)

@@ -1,6 +1,6 @@
 """From a stage's page to a finished run: tokenizer, weights to start from, data, then the engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,15 @@ class Means:
         return self.artifacts[name]
 
 
-def train_tokenizer(world: Path, folder: Path) -> None:
-    """A byte-level BPE over all text of the world's sources, with Keye's special tokens."""
+def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
+    """A byte-level BPE over these texts, with Keye's special tokens."""
     with atomic_folder(folder) as temporary:
-        Tokenizer.train(texts(world), VOCABULARY).save(temporary)
+        Tokenizer.train(texts, VOCABULARY).save(temporary)
 
 
-def texts(world: Path) -> Iterable[str]:
-    for folder in sorted((world / "sources").iterdir()):
+def texts_of(folders: Iterable[Path]) -> Iterator[str]:
+    """All that is said in these source folders."""
+    for folder in folders:
         source = Source(folder)
         for i in range(len(source)):
             for message in source.sample(i)["messages"]:
@@ -85,8 +86,10 @@ def build(stage: Stage, tokenizer: Tokenizer, means: Means) -> nn.Module:
     else:
         model = ContrastiveModel(VisionTower(stage.model.vision), TextTower(stage.model.text))
         if tokenizer.vocab_size > stage.model.text.vocab_size:
-            raise UserError(f"{stage.name}: the tokenizer has {tokenizer.vocab_size} entries, model.text.vocab_size "
-                            f"is {stage.model.text.vocab_size}; the text tower needs the tokenizer it was made with")
+            raise UserError(
+                f"{stage.name}: the tokenizer has {tokenizer.vocab_size} entries, model.text.vocab_size "
+                f"is {stage.model.text.vocab_size}; the text tower needs the tokenizer it was made with"
+            )
     model.init_weights(stage.seed)
     for name in stage.start:
         if name != "scratch":

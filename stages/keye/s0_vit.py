@@ -56,5 +56,5 @@ def stage(size: str) -> Stage:
         train={"*": 1.0},
         mix=[SourceSpec("vit_pairs", 1.0, "samples")],
         objective=ObjectiveSpec("contrastive"),
-        optim=OPTIM[size], budget=BUDGETS[size], precision="fp32" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
     )  # fmt: skip

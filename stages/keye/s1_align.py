@@ -29,5 +29,5 @@ def stage(size: str) -> Stage:
         start=["text" if size == "tiny" else "qwen3", "s0_vit"],
         train={"mlp_AR.*": 1.0},
         mix=[SourceSpec("caption", 0.4), SourceSpec("vqa", 0.4), SourceSpec("video_caption", 0.2)],
-        optim=OPTIM[size], budget=BUDGETS[size], precision="fp32" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
     )  # fmt: skip

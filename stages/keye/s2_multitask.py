@@ -35,5 +35,5 @@ def stage(size: str) -> Stage:
         start=["s1_align"],
         train={"*": 1.0} if size == "tiny" else {"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
-        optim=OPTIM[size], budget=BUDGETS[size], precision="fp32" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
     )  # fmt: skip

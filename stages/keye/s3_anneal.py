@@ -39,5 +39,5 @@ def stage(size: str, mixture: str = "image") -> Stage:
         start=["s2_multitask"],
         train={"*": 1.0},
         mix=[SourceSpec(name, share * weight) for share, kind in kinds for name, weight in kind.items()],
-        optim=OPTIM[size], budget=BUDGETS[size], precision="fp32" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
     )  # fmt: skip

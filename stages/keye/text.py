@@ -20,4 +20,5 @@ def stage(size: str) -> Stage:
         mix=[SourceSpec("text", 0.7), SourceSpec("text_chat", 0.3)],
         optim=Optim(name="muon", lr=3e-3, weight_decay=0.05, schedule="wsd", warmup_steps=20, decay_share=0.4),
         budget=Budget(tokens=2048, visual_tokens=64, packs_per_step=1, steps=400),
+        precision="bf16",
     )  # fmt: skip

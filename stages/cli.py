@@ -1,0 +1,158 @@
+"""The `mm` command. Each subcommand imports what it needs when it runs, so that `mm --help` answers at once."""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Threads that wait should sleep: with decode workers beside the training threads, spinning costs more than it saves.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+SIZES = ("tiny", "small", "8b")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn a user's mistake into one clear line (exit 2) and an interrupt into exit 130."""
+    from mm.common.errors import UserError
+
+    args = parser().parse_args(argv)
+    try:
+        return args.call(args) or 0
+    except UserError as e:
+        print(f"mm: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mm: stopped; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mm", description="Train short-video foundation models, stage by stage.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_run, _show, _plan, _eval, _chat, _data, _claim, _env):
+        add(commands)
+    return top
+
+
+def _lazy(module: str, function: str) -> Any:
+    """`function` of `module`, imported when it is called."""
+    return lambda args: getattr(importlib.import_module(module), function)(args)
+
+
+def _add(commands: Any, name: str, help: str, example: str, call: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.set_defaults(call=call)
+    return p
+
+
+def _stage_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--size", choices=SIZES, default="tiny", help="numbers to use (default tiny)")
+    p.add_argument("--scale", type=float, default=1.0, metavar="F", help="multiply every stage's steps")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                   help="override any field of the stage, e.g. --set optim.lr=1e-4 (repeat)")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0)
+
+
+def _run(commands: Any) -> None:
+    p = _add(commands, "run", "run a pipeline or one stage", "mm run keye --size tiny --to s3 --out runs/first\n"
+             "          torchrun --nproc-per-node 2 -m stages.cli run keye.s2_multitask --from runs/first --out runs/b",
+             _lazy("stages.keye.recipe", "run"))  # fmt: skip
+    p.add_argument("what", help="keye, or one stage such as keye.s2_multitask")
+    _stage_options(p)
+    p.add_argument("--to", default="s3", metavar="STAGE", help="last stage of the pipeline (s0, s1, s2, s3)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
+    p.add_argument("--from", dest="source", type=Path, metavar="RUN",
+                   help="run that made the inputs of a single stage (default: the newest that has them)")  # fmt: skip
+    p.add_argument("--world", type=Path, metavar="DIR", help="a bundled world made before")
+    p.add_argument("--qwen3", type=Path, metavar="DIR", help="local Hugging Face folder the decoder starts from")
+    p.add_argument("--siglip", type=Path, metavar="DIR", help="local Hugging Face folder the tower starts from")
+    p.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="source folder of a mix (repeat)")
+    p.add_argument("--workers", type=int, default=1, help="decode processes per rank (default 1)")
+    p.add_argument("--threads", type=int, help="torch threads per rank")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    p.add_argument("--no-eval", action="store_true", help="train only")
+    p.add_argument("--quiet", action="store_true")
+
+
+def _show(commands: Any) -> None:
+    p = _add(commands, "show", "print a pipeline's graph or a stage's settings", "mm show keye",
+             _lazy("stages.keye.recipe", "show"))  # fmt: skip
+    p.add_argument("what", help="keye, or one stage such as keye.s1_align")
+    _stage_options(p)
+    p.add_argument("--out", type=Path, metavar="RUN", help="also say what is done in this run")
+
+
+def _plan(commands: Any) -> None:
+    p = _add(commands, "plan", "say what a stage costs before anything is built",
+             "mm plan keye.s2_multitask --size 8b --gpus 64",
+             _lazy("stages.keye.recipe", "plan"))  # fmt: skip
+    p.add_argument("what", help="a stage such as keye.s2_multitask")
+    _stage_options(p)
+    p.add_argument("--gpus", type=int, default=1, help="ranks the weights are sharded over (default 1)")
+    p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak assumed (default 0.4)")
+    p.add_argument("--gpu", default="H100", help="whose peak and memory to assume (default H100)")
+
+
+def _eval(commands: Any) -> None:
+    p = _add(commands, "eval", "score a checkpoint", "mm eval world runs/quickstart --limit 40\n"
+             "          mm eval kc-mmbench CHECKPOINT --data KC-MMbench --judge-url http://localhost:8000/v1",
+             _lazy("stages.evaluate", "evaluate"))  # fmt: skip
+    p.add_argument("benchmark", choices=("world", "kc-mmbench"))
+    p.add_argument("checkpoint", type=Path, help="a model folder, or a run folder (its last model)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="world folder, or KC-MMBench folder (subsets/, images/)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where responses.jsonl and scores.json go")
+    p.add_argument("--tasks", help="names, separated by commas")
+    p.add_argument("--limit", type=int, help="items per task and split")
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--max-new-tokens", type=int)
+    p.add_argument("--no-blind", action="store_true", help="leave out the pass with grey frames")
+    p.add_argument("--judge-url", help="an OpenAI-compatible address; without one, exact match")
+    p.add_argument("--judge-model", default="gpt-4o-mini")
+    p.add_argument("--judge-key", default=os.environ.get("MM_JUDGE_KEY", ""), help="default: $MM_JUDGE_KEY")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def _chat(commands: Any) -> None:
+    p = _add(commands, "chat", "talk to a checkpoint in the terminal",
+             'mm chat runs/quickstart --video clip.mp4 "What does the red ring do?"',
+             _lazy("stages.evaluate", "chat"))  # fmt: skip
+    p.add_argument("checkpoint", type=Path, help="a model folder, or a run folder (its last model)")
+    p.add_argument("question", nargs="?", help="ask once and end; without it, a conversation")
+    p.add_argument("--image", action="append", default=[], type=Path)
+    p.add_argument("--video", action="append", default=[], type=Path)
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def _data(commands: Any) -> None:
+    from stages import data
+
+    p = commands.add_parser("data", help="make, import, check and look at data",
+                            description="Make, import, check and look at data.")  # fmt: skip
+    inner = p.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    data.add(lambda name, help, example, call: _add(inner, name, help, example, call))
+
+
+def _claim(commands: Any) -> None:
+    p = _add(commands, "claim", "repeat a published finding with error bars", "mm claim keye.rope2d --seeds 5",
+             _lazy("stages.claims", "main"))  # fmt: skip
+    p.add_argument("name", nargs="?", help="which one; without it, a list")
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--out", type=Path, metavar="DIR", help="where the table and plot go (default runs/claims/NAME)")
+
+
+def _env(commands: Any) -> None:
+    _add(commands, "env", "print what a bug report needs", "mm env",
+         _lazy("stages.environment", "show"))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
