@@ -179,9 +179,9 @@ def _list_answer(text: str) -> list[str] | None:
     return scorers.yes_no_list(text.replace("_", " "))
 
 
-def _chance_json(item: Item, train: list[Item]) -> float:
-    """Each attribute guessed among the values training shows for it; 0 where training never shows one."""
-    values, chance = _values_shown(tuple(r.answer for r in train)), 1.0
+def _chance_json(item: Item, rows: list[Item]) -> float:
+    """Each attribute guessed among the values that rows show for it; 0 where none shows one."""
+    values, chance = _values_shown(tuple(r.answer for r in rows)), 1.0
     for k, v in (_json_answer(item.answer) or {}).items():
         chance *= 1 / len(values[k] | {repr(v)}) if k in values else 0.0
     return chance
@@ -241,13 +241,13 @@ def _json_answer(text: str) -> dict | None:
 
 
 RULES = {
-    "yes_no": _rule(scorers.yes_no, lambda item, train: 0.5, _ask_yes_no, partial(_verdict_by, scorers.yes_no)),
+    "yes_no": _rule(scorers.yes_no, lambda item, rows: 0.5, _ask_yes_no, partial(_verdict_by, scorers.yes_no)),
     "yes_no_list": _rule(
-        _list_answer, lambda item, train: 0.5 ** len(_list_answer(item.answer) or []), _ask_list,
+        _list_answer, lambda item, rows: 0.5 ** len(_list_answer(item.answer) or []), _ask_list,
         partial(_verdict_by, _list_answer),
     ),
     "order": _rule(
-        scorers.parse_sequence, lambda item, train: chance_order(len(scorers.parse_sequence(item.answer) or [])),
+        scorers.parse_sequence, lambda item, rows: chance_order(len(scorers.parse_sequence(item.answer) or [])),
         _ask_equal, lambda item, reply: yes_or_no(reply),
     ),
     "json": _rule(_json_answer, _chance_json, _ask_equal, lambda item, reply: yes_or_no(reply)),

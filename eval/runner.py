@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval import responses
-from eval.floors import blind, blind_key, colour_features, majority_answers, probe_predictions
+from eval.floors import blind, blind_key, colour_features, from_class, majority_classes, probe_answers
 from eval.judge import Judge
 from eval.responses import ResponseLog
 from eval.scores import rescore
@@ -220,7 +220,7 @@ def _about(task: Task, item: Item, variant: str) -> dict:
         "task": task.name, "id": item.id, "type": item.type, "split": item.split, "variant": variant,
         "prompt": prompt_text(item.messages), "media": item.media, "answer": item.answer,
         "choices": list(item.choices) if item.choices else None,
-        "chance": task.chance(item, task.train), "ceiling": task.ceiling(item.split), "space": task.space,
+        "chance": task.chance_of(item), "ceiling": task.ceiling(item.split), "space": task.space,
     }  # fmt: skip
 
 
@@ -246,10 +246,10 @@ def _missing(task: Task, log: ResponseLog, variant: str) -> list[Item]:
 def _majority(tasks: list[Task], log: ResponseLog) -> None:
     for task in tasks:
         known = task.train or task.items
-        answers = majority_answers(task, known)
-        other = majority_answers(task, [replace(i, type="") for i in known]).get("", "")
+        classes = majority_classes(task, known)
+        other = majority_classes(task, [replace(i, type="") for i in known]).get("", "")
         todo = _missing(task, log, "majority")
-        log.add([_row(task, i, "majority", answers.get(i.type, other)) for i in todo])
+        log.add([_row(task, i, "majority", from_class(task, i, classes.get(i.type, other))) for i in todo])
 
 
 def _train_features(
@@ -283,7 +283,7 @@ def _probe(tasks: list[Task], log: ResponseLog, features: dict, train_features: 
         test = [i for i in _missing(task, log, "probe") if at(i) in known]
         train = [i for i in _probe_train(task) if at(i) in known]
         if test:
-            answers = probe_predictions(train, [known[at(i)] for i in train], test, [known[at(i)] for i in test])
+            answers = probe_answers(task, train, [known[at(i)] for i in train], test, [known[at(i)] for i in test])
             log.add([_row(task, i, "probe", a) for i, a in zip(test, answers, strict=True)])
 
 

@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Task:
         items: what is scored; train: rows of the training split, for the floors.
         parse: (response, item) -> answer as JSON has it, or None where the response holds none.
         score: (item, parsed) -> 0..1.
-        chance: (item, train rows) -> expected score of a uniform guess in the answer space.
+        chance: (item, rows that show the answer space) -> expected score of a uniform guess in it.
         space: "closed" where a guess can be right, "open" where majority and probe can only repeat
             whole training answers.
         judge: (item, response) -> a prompt for a judging model, or None where a rule decides alone.
@@ -70,6 +71,19 @@ class Task:
 
     def ceiling(self, split: str) -> float:
         return self.ceilings.get(split, self.ceilings.get("", 1.0))
+
+    @cached_property
+    def by_place(self) -> bool:
+        """Whether choices change from item to item, so that answers compare only by their place among them."""
+        return len({i.choices for i in (*self.items, *self.train) if i.choices}) > 1
+
+    def chance_of(self, item: Item) -> float:
+        return self.chance(item, self._shown)
+
+    @cached_property
+    def _shown(self) -> list[Item]:
+        """Rows that show the answer space; none where there is no training (test answers alone say too little)."""
+        return [*self.train, *self.items] if self.train else []
 
     def check(self, item: Item, response: str) -> tuple[Any, float]:
         """(parsed, score) of one response."""
@@ -159,4 +173,4 @@ def _limited(task: Task, limit: int) -> Task:
         rows = [i for i in task.items if i.split == split]
         n = min(limit, len(rows))
         items += [rows[k * len(rows) // n] for k in range(n)]
-    return Task(**{**vars(task), "items": items})
+    return replace(task, items=items)

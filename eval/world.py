@@ -109,7 +109,7 @@ def score_order(item: Item, parsed: Any) -> float:
     return same(item, parsed) if item.choices else float(parsed == scorers.parse_sequence(item.answer))
 
 
-def chance_of_order(item: Item, train: list[Item]) -> float:
+def chance_of_order(item: Item, rows: list[Item]) -> float:
     return 1 / len(item.choices) if item.choices else chance_order(len(scorers.parse_sequence(item.answer) or []))
 
 
@@ -118,6 +118,6 @@ def score_box(item: Item, parsed: list[float]) -> float:
     return float(truth is not None and scorers.iou(parsed, truth) >= IOU_THRESHOLD)
 
 
-def box_chance(item: Item, train: list[Item]) -> float:
+def box_chance(item: Item, rows: list[Item]) -> float:
     truth = scorers.parse_box(item.answer)
     return chance_box(truth, IOU_THRESHOLD) if truth else 0.0

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from eval import scorers
-from eval.floors import Probe, chance_box, chance_order, colour_features, majority_answers, probe_predictions
+from eval.floors import (
+    Probe,
+    chance_box,
+    chance_order,
+    colour_features,
+    from_class,
+    majority_classes,
+    probe_answers,
+)
 from eval.task import Item, Task, extract_answer
 from eval.world import first_object, parse_order, same, score_box
 
@@ -160,7 +168,14 @@ def item(task: str, *, answer: str, choices=None, kind="t", split="train", numbe
 def test_majority_knows_the_type_of_question():
     rows = [item("c", answer=a, kind=k) for k, a in [("x", "1"), ("x", "1"), ("x", "2"), ("y", "2"), ("y", "2")]]
     task = Task("c", [], rows, None, lambda text, i: text, same, lambda i, r: 0.0)  # type: ignore[arg-type]
-    assert majority_answers(task, rows) == {"x": "1", "y": "2"}
+    assert majority_classes(task, rows) == {"x": "1", "y": "2"}
+
+
+def test_choices_that_change_are_compared_by_place():
+    rows = [item("o", answer=a, choices=c) for a, c in [("a", ("a", "b")), ("d", ("c", "d")), ("f", ("e", "f"))]]
+    task = Task("o", [], rows, None, parse_order, same, lambda i, r: 0.5)  # type: ignore[arg-type]
+    best = majority_classes(task, rows)["t"]
+    assert [from_class(task, r, best) for r in rows] == ["b", "d", "f"]
 
 
 def test_probe_learns_colour_and_nothing_else():
@@ -178,9 +193,9 @@ def test_probe_learns_colour_and_nothing_else():
         coins.append(item("c", answer=str(rng.integers(2)), number=i))
         features.append(colour_features([clip(colour, 8)]))
     right = lambda found, test: np.mean([a == r.answer for a, r in zip(found, test, strict=True)])
-    x = np.array(features)
+    x, task = np.array(features), Task("c", [], rows, None, lambda t, i: t, same, lambda i, r: 0.0)  # type: ignore[arg-type]
     assert x.shape == (120, 128) and x[0].sum() == pytest.approx(1.0, abs=1e-5)
-    assert right(Probe(rows[:60], x[:60]).predict(rows[60:], x[60:]), rows[60:]) == 1.0
-    assert right(probe_predictions([], [], rows, x), rows) == 1.0  # cross-validated without training rows
-    assert right(probe_predictions(coins[:60], x[:60], coins[60:], x[60:]), coins[60:]) < 0.75
-    assert Probe([item("o", answer=str(i)) for i in range(4)], x[:4]).predict(rows[:2], x[:2])  # open answers
+    assert right(probe_answers(task, rows[:60], x[:60], rows[60:], x[60:]), rows[60:]) == 1.0
+    assert right(probe_answers(task, [], [], rows, x), rows) == 1.0  # cross-validated without training rows
+    assert right(probe_answers(task, coins[:60], x[:60], coins[60:], x[60:]), coins[60:]) < 0.75
+    assert Probe(["t"] * 4, x[:4], ["1", "2", "3", "4"]).predict(["t"], x[:1])  # open answers

@@ -26,7 +26,7 @@ def test_right_answers_of_every_task_score_one(micro_world):
             assert task.check(item, f"<think>hm</think><answer>{said}</answer>")[1] == 1.0
             for noise in ("", "asdf", "<|im_end|>", "{[(", "\\boxed{"):
                 assert task.check(item, noise)[1] == 0.0
-            assert 0.0 <= task.chance(item, task.train) <= 0.5 or task.name == "CPV"
+            assert 0.0 <= task.chance_of(item) <= 0.5
     assert tasks["High_like"].ceiling("seen") < 1.0 == tasks["SPU"].ceiling("unseen")
     questions = [i.messages[0]["content"][-1]["text"] for i in tasks["SPU"].items]
     assert all(("请直接给出结论" in q) != ("Answer yes or no directly" in q) for q in questions)
