@@ -63,7 +63,8 @@ def make_batch():
             input_ids=torch.cat([s.input_ids for s in singles]), loss_mask=torch.cat([s.loss_mask for s in singles]),
             position_ids=torch.cat([s.position_ids for s in singles], 1),
             cu_seqlens=lengths.cumsum(0).to(torch.int32),
-            pixel_values=torch.cat([s.pixel_values for s in singles]), grid_thw=torch.cat([s.grid_thw for s in singles]),
+            pixel_values=torch.cat([s.pixel_values for s in singles]),
+            grid_thw=torch.cat([s.grid_thw for s in singles]),
             draws=[f"test/0/{i}#0" for i in range(len(singles))],
         )  # fmt: skip
 

@@ -80,7 +80,8 @@ def test_sampling_depends_on_its_own_seed_alone(make_keye, make_batch, unpack):
 def draws(logits, n=4000, **settings):
     """Shares of each token over n draws from one row of logits."""
     streams = [torch.Generator().manual_seed(0)] * n
-    got = sample(torch.tensor(logits).expand(n, -1), streams, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **settings})
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **settings}
+    got = sample(torch.tensor(logits).expand(n, -1), streams, **settings)
     return torch.bincount(got, minlength=len(logits)) / n
 
 
@@ -146,7 +147,7 @@ def test_texts_do_not_depend_on_their_neighbours(talker, tokenizer):
 
 def test_answers_end_before_the_stop_token_and_keep_grounding(talker, tokenizer, monkeypatch):
     model, prompts = talker
-    ids = [tokenizer.id("<|box_start|>"), *tokenizer.encode("ball"), tokenizer.id("<|box_end|>"), tokenizer.id("<|im_end|>")]
+    ids = tokenizer.encode_special("<|box_start|>ball<|box_end|><|im_end|>")
     monkeypatch.setattr("mm.generate.generate_ids", lambda *a, **k: [ids, ids[:-1], [ids[-1]], []])
     got = generate(model, prompts, tokenizer, max_new_tokens=8)
     assert got == ["<|box_start|>ball<|box_end|>"] * 2 + ["", ""]
