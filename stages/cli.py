@@ -62,7 +62,7 @@ def _stage_options(p: argparse.ArgumentParser) -> None:
 
 def _run(commands: Any) -> None:
     p = _add(commands, "run", "run a pipeline or one stage", "mm run keye --size tiny --to s3 --out runs/first\n"
-             "          torchrun --nproc-per-node 2 -m stages.cli run keye.s2_multitask --from runs/first --out runs/b",
+             "          torchrun --nproc-per-node 2 -m stages.cli run keye.s2_multitask --from runs/first",
              _lazy("stages.keye.recipe", "run"))  # fmt: skip
     p.add_argument("what", help="keye, or one stage such as keye.s2_multitask")
     _stage_options(p)

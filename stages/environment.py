@@ -17,6 +17,11 @@ PACKAGES = ("mmstack", "torch", "numpy", "safetensors", "tokenizers", "pillow", 
             "matplotlib", "tensorboard", "transformers", "flash-attn", "wandb", "trackio")  # fmt: skip
 
 
+def device_of(name: str) -> str:
+    """"auto" -> a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -1,12 +1,12 @@
 """From a stage's page to a finished run: tokenizer, weights to start from, data, then the engine."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
@@ -16,7 +16,7 @@ from mm import formats
 from mm.common import dist
 from mm.common.config import nearest
 from mm.common.errors import UserError
-from mm.common.files import atomic_folder, read_json
+from mm.common.files import atomic_folder, read_json, write_json
 from mm.keye import Keye, KeyeConfig
 from mm.processor import Processor
 from mm.sizes import PROCESSORS
@@ -41,6 +41,7 @@ class Means:
     data: dict[str, Path]
     cache: Path | None = None
     workers: int = 1
+    device: str = "cpu"
     quiet: bool = False
 
     def artifact(self, name: str, needed_by: str) -> Path:
@@ -78,18 +79,28 @@ def tokenizer_of(stage: Stage, means: Means) -> Tokenizer:
     raise UserError(f"{stage.name}: none of {', '.join(stage.start)} holds a tokenizer.json; give --qwen3 FOLDER")
 
 
-def build(stage: Stage, tokenizer: Tokenizer, means: Means) -> nn.Module:
-    """The model with fresh weights, then what it starts from laid over them in order, strictly by name."""
-    model: Keye | ContrastiveModel
+def empty(stage: Stage) -> Keye | ContrastiveModel:
+    """The stage's model on the meta device: every shape, no memory."""
+    with torch.device("meta"):
+        return _construct(stage)
+
+
+def _construct(stage: Stage) -> Keye | ContrastiveModel:
     if isinstance(stage.model, KeyeConfig):
-        model = Keye(stage.model.bound(tokenizer))
-    else:
-        model = ContrastiveModel(VisionTower(stage.model.vision), TextTower(stage.model.text))
-        if tokenizer.vocab_size > stage.model.text.vocab_size:
-            raise UserError(
-                f"{stage.name}: the tokenizer has {tokenizer.vocab_size} entries, model.text.vocab_size "
-                f"is {stage.model.text.vocab_size}; the text tower needs the tokenizer it was made with"
-            )
+        return Keye(stage.model)
+    return ContrastiveModel(VisionTower(stage.model.vision), TextTower(stage.model.text))
+
+
+def build(stage: Stage, tokenizer: Tokenizer, means: Means) -> Keye | ContrastiveModel:
+    """The model with fresh weights, then what it starts from laid over them in order, strictly by name."""
+    if isinstance(stage.model, KeyeConfig):
+        stage = replace(stage, model=stage.model.bound(tokenizer))
+    elif tokenizer.vocab_size > stage.model.text.vocab_size:
+        raise UserError(
+            f"{stage.name}: the tokenizer has {tokenizer.vocab_size} entries, model.text.vocab_size is "
+            f"{stage.model.text.vocab_size}; the text tower needs the tokenizer it was made with"
+        )
+    model = _construct(stage)
     model.init_weights(stage.seed)
     for name in stage.start:
         if name != "scratch":
@@ -139,8 +150,11 @@ def load_data(stage: Stage, tokenizer: Tokenizer, processor: Processor, means: M
     )  # fmt: skip
 
 
-def run(stage: Stage, folder: Path, means: Means, *, device: torch.device | str = "cpu") -> Path:
-    """Train `stage` in `folder`; returns the folder of the model it hands on. Raises as the engine does."""
+def run_stage(stage: Stage, folder: Path, means: Means) -> Path:
+    """Train `stage` in `folder`; returns the folder of the model it hands on. Raises as the engine does.
+
+    `folder`/skipped.json counts, by reason, the samples that were never drawn or gave no data.
+    """
     tokenizer, processor = tokenizer_of(stage, means), PROCESSORS[stage.size]
     model = build(stage, tokenizer, means)
 
@@ -148,4 +162,11 @@ def run(stage: Stage, folder: Path, means: Means, *, device: torch.device | str 
         formats.save(where, whole, processor, tokenizer)
 
     with load_data(stage, tokenizer, processor, means) as loader:
-        return train(stage, folder, model=model, loader=loader, hand_on=hand_on, device=device, quiet=means.quiet)
+        made = train(
+            stage, folder, model=model, loader=loader, hand_on=hand_on, device=means.device, quiet=means.quiet
+        )
+        bad = sum((Counter(c) for c in dist.gather_objects(dict(loader.stats.bad))), Counter[str]())
+        bad.update(b.reason for b in loader.plan.refused)
+    if dist.is_main():
+        write_json(folder / "skipped.json", dict(bad))
+    return made

@@ -1,0 +1,208 @@
+"""Keye-VL's recipe as a pipeline, and the commands that run, show and plan it.
+
+    world -> tokenizer -> text -> s0_vit -> s1_align -> s2_multitask -> s3_anneal_{image,video} -> s3_merge -> eval
+
+At small and 8b `world`, `tokenizer` and `text` fall away: data come from --data, the decoder from --qwen3, the
+tower from --siglip.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.pretty import pprint
+
+from data_mix.world.make import make_world
+from eval.evaluate import evaluate_world
+from eval.report import report
+from eval.scores import print_scores
+from mm.common import dist
+from mm.common.config import nearest, override, to_dict
+from mm.common.errors import UserError
+from mm.common.files import read_json, write_json
+from mm.common.progress import duration
+from mm.merge import average
+from stages.engine import plan as planning
+from stages.environment import device_of, environment
+from stages.keye import s0_vit, s1_align, s2_multitask, s3_anneal, text
+from stages.keye.run import Means, empty, run_stage, texts_of, train_tokenizer
+from stages.pipeline import Node, Pipeline, latest_run
+from stages.stage import FREE, Stage
+
+STAGES: dict[str, Callable[[str], Stage]] = {
+    "keye.text": text.stage,
+    "keye.s0_vit": s0_vit.stage,
+    "keye.s1_align": s1_align.stage,
+    "keye.s2_multitask": s2_multitask.stage,
+    "keye.s3_anneal_image": partial(s3_anneal.stage, mixture="image"),
+    "keye.s3_anneal_video": partial(s3_anneal.stage, mixture="video"),
+}
+ENDS = {"text": "text", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
+ANNEALED = ("s3_anneal_image", "s3_anneal_video")
+SCORED = ("s1", "s2", "s3")  # what can answer questions
+
+
+def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
+    """The stage called `name` at the asked size, seed and scale, with its overrides."""
+    if name not in STAGES:
+        raise UserError(f"{name!r} is not a stage{nearest(name, STAGES)}")
+    stage = STAGES[name](a.size)
+    steps = max(round(stage.budget.steps * a.scale), 1)
+    stage = replace(stage, seed=a.seed, budget=replace(stage.budget, steps=steps))
+    return override(stage, settings).check()
+
+
+def settings_of(name: str, settings: list[str]) -> list[str]:
+    """Of a pipeline's `--set s2_multitask.optim.lr=1e-4`, those of this stage, without its name."""
+    return [s.removeprefix(f"{name}.") for s in settings if s.startswith(f"{name}.")]
+
+
+def trained(stage: Stage, means: Means, needs: tuple[str, ...]) -> Node:
+    """The node that trains `stage`; `means.artifacts` is filled from the node's inputs when it runs."""
+
+    def go(folder: Path, inputs: dict[str, Path]) -> Path:
+        return run_stage(stage, folder, replace(means, artifacts={**means.artifacts, **inputs}))
+
+    params = {k: v for k, v in to_dict(stage).items() if k not in FREE}
+    return Node(stage.name.removeprefix("keye."), go, needs, params, everywhere=True)
+
+
+def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
+    """All nodes up to `a.to`, and the score of the last model."""
+    if a.to not in ENDS:
+        raise UserError(f"--to {a.to}: not a stage{nearest(a.to, ENDS)}")
+    wrong = [s for s in a.set if s.split(".")[0] not in {n.removeprefix("keye.") for n in STAGES}]
+    if wrong:
+        raise UserError(f"--set {wrong[0]}: in a pipeline begin with the stage, e.g. s2_multitask.optim.lr=1e-4")
+    tiny = a.size == "tiny"
+    world_size = "tiny" if a.scale < 2 else "full"
+    nodes = [
+        Node("world", lambda f, _: _made(f, world_size, a), params={"size": world_size, "seed": a.seed}),
+        Node("tokenizer", lambda f, i: train_tokenizer(_texts(i["world"]), f / "model"), ("world",)),
+    ]
+    given = {k: p for k in ("world", "qwen3", "siglip") if (p := getattr(a, k)) is not None}
+    stages = [n for n in STAGES if tiny or n != "keye.text"]
+    for name in stages:
+        short = name.removeprefix("keye.")
+        stage = stage_of(name, a, settings_of(short, a.set))
+        needs = tuple(s for s in stage.start if s != "scratch") + (("world", "tokenizer") if tiny else ())
+        nodes.append(trained(stage, means, needs))
+    nodes.append(Node("s3_merge", lambda f, i: average([i[n] for n in ANNEALED], f / "model"), ANNEALED))
+    if a.to in SCORED and not a.no_eval and (tiny or a.world):
+        last = ENDS[a.to]
+        nodes.append(Node("eval", lambda f, i: _scored(i[last], i["world"], f, a), (last, "world"), everywhere=True))
+    pipeline = Pipeline([n for n in nodes if n.name not in given and (tiny or n.name not in ("world", "tokenizer"))],
+                        folder, given=given)  # fmt: skip
+    wanted = pipeline.needed(["eval"] if "eval" in pipeline.nodes else [ENDS[a.to]])
+    return Pipeline([pipeline.nodes[n] for n in wanted], folder, given=given)
+
+
+def _made(folder: Path, size: str, a: argparse.Namespace) -> Path:
+    make_world(folder / "world", size=size, seed=a.seed, quiet=a.quiet)
+    return folder / "world"
+
+
+def _texts(world: Path) -> Iterator[str]:
+    return texts_of(sorted((world / "sources").iterdir()))
+
+
+def _scored(model: Path, world: Path, folder: Path, a: argparse.Namespace) -> None:
+    evaluate_world(model, world, folder, device=device_of(a.device), quiet=a.quiet)
+
+
+# --- the commands ---------------------------------------------------------------------------------------
+
+
+def run(a: argparse.Namespace) -> None:
+    device = str(dist.init(device_of(a.device)))
+    torch.set_num_threads(a.threads or (torch.get_num_threads() if dist.world_size() == 1 else 1))
+    begun, out = time.monotonic(), a.out or Path("runs") / a.what.replace(".", "-")
+    means = Means({}, _pairs(a.data), cache=out / "cache", workers=a.workers, device=device, quiet=a.quiet)
+    pipeline = keye(a, out, means) if a.what == "keye" else single(a, out, means)
+    try:
+        pipeline.run(quiet=a.quiet)
+    finally:
+        if dist.is_main():
+            write_record(pipeline, a)
+        dist.shutdown()
+    if dist.is_main():
+        finish(pipeline, out, time.monotonic() - begun)
+
+
+def single(a: argparse.Namespace, out: Path, means: Means) -> Pipeline:
+    """One stage alone, its inputs given, or from --from, or from the newest run that made them."""
+    stage = stage_of(a.what if "." in a.what else f"keye.{a.what}", a, a.set)
+    wanted = [s for s in stage.start if s != "scratch"]
+    optional = [] if {str(s.path) for s in stage.mix} <= set(means.data) else ["world"]
+    tokenizer = ["tokenizer"] if a.size == "tiny" else []
+    given = {name: find(name, a, out) for name in dict.fromkeys(wanted + optional + tokenizer)}
+    return Pipeline([trained(stage, means, tuple(given))], out, given=given)
+
+
+def find(name: str, a: argparse.Namespace, out: Path) -> Path:
+    """Where an artifact is: an option of its name, the run after --from, or the newest run beside `out`."""
+    option = getattr(a, name, None)
+    if option is not None:
+        return option
+    if a.source is None:
+        return latest_run(out.parent, name)
+    done = a.source / name / "done.json"
+    if done.exists():
+        return done.parent / read_json(done)["artifact"]
+    if (a.source / "config.json").exists() and name != "world":
+        return a.source  # a model folder
+    raise UserError(f"{a.source} has not made {name!r}; give another --from RUN, or --{name} FOLDER")
+
+
+def _pairs(settings: list[str]) -> dict[str, Path]:
+    for s in settings:
+        if "=" not in s:
+            raise UserError(f"--data {s}: write it as NAME=FOLDER")
+    return {s.split("=", 1)[0]: Path(s.split("=", 1)[1]) for s in settings}
+
+
+def write_record(pipeline: Pipeline, a: argparse.Namespace) -> None:
+    """RUN/pipeline.json: what a person (and the report) wants to know of the run as a whole."""
+    status = {"done": "done", "given": "done", "interrupted": "failed"}
+    nodes = [{"name": n, "inputs": list(pipeline.nodes[n].inputs), "seconds": pipeline.seconds(n),
+              "status": status.get(pipeline.status(n), "waiting"), "note": ""} for n in pipeline.order]  # fmt: skip
+    given: list[dict] = [{"name": n, "inputs": [], "seconds": None, "status": "done", "note": "given"} for n in pipeline.given]
+    notes = {n: pipeline.folder / n / "skipped.json" for n in pipeline.order}
+    skipped = {n: read_json(path) for n, path in notes.items() if path.exists()}
+    pipeline.folder.mkdir(parents=True, exist_ok=True)
+    write_json(pipeline.folder / "pipeline.json", {
+        "title": f"{a.what}, {a.size}", "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "nodes": given + nodes, "environment": environment(), "skipped": skipped,
+    })  # fmt: skip
+
+
+def finish(pipeline: Pipeline, out: Path, seconds: float) -> None:
+    if (out / "eval" / "scores.json").exists() and "eval" in pipeline.nodes:
+        print_scores(read_json(out / "eval" / "scores.json"))
+    page = report(out, out / "report.html")
+    print(f"{duration(seconds)} in all; the report: {page}")
+
+
+def show(a: argparse.Namespace) -> None:
+    if a.what != "keye":
+        pprint(stage_of(a.what if "." in a.what else f"keye.{a.what}", a, a.set), expand_all=True)
+        return
+    a.to, a.no_eval, a.world, a.qwen3, a.siglip, a.quiet, a.device = "s3", False, None, None, None, True, "cpu"
+    if a.size != "tiny":
+        a.qwen3, a.siglip = Path("QWEN3_FOLDER"), Path("SIGLIP_FOLDER")
+    out = a.out or Path("runs/keye")
+    Console().print(keye(a, out, Means({}, {})).show())
+
+
+def plan(a: argparse.Namespace) -> None:
+    stage = stage_of(a.what if "." in a.what else f"keye.{a.what}", a, a.set)
+    figures = planning.plan(stage, empty(stage), a.gpus, device=a.gpu, utilisation=a.utilisation)
+    Console().print(planning.table(figures))
