@@ -16,6 +16,10 @@ from mm.common.errors import UserError
 FREE = ("doc", "log", "checkpoint", "expect")
 
 
+class Stopped(Exception):
+    """The run was asked to stop; it saved and can go on. Not an error, but what follows must not run."""
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """An objective by its name in `stages/objectives`, and the options its constructor takes."""

@@ -12,6 +12,7 @@ meaning, so any number of ranks may read what any other number wrote. All ranks 
 import json
 import os
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from stages.stage import Stage
 
 COMPLETE = "COMPLETE.json"
 FAILURES = (Exception, CheckpointException)  # what a rank meets reaches all of them as the latter, no Exception
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
 
 class Checkpoints:

@@ -26,10 +26,12 @@ class Flops:
 
 @dataclass(frozen=True)
 class _Part:
-    """Matrix products with weights, and attention's products of activations, of one module's forward."""
+    """Matrix products with weights, and attention's products of activations, of one module's forward.
+    first: products with weights whose input is data and needs no gradient."""
 
     weights: float
     attention: float = 0.0
+    first: float = 0.0
 
 
 def block_weights(c: Any) -> float:
@@ -40,8 +42,11 @@ def block_weights(c: Any) -> float:
 def _tower(c: Any, grids: Sequence[Sequence[int]]) -> _Part:
     patches = sum(t * h * w for t, h, w in grids)
     segments = [(t * h * w) ** 2 if c.segments == "clip" else t * (h * w) ** 2 for t, h, w in grids]
-    per_patch = c.num_channels * c.patch_size**2 * c.hidden_size + c.num_hidden_layers * block_weights(c)
-    return _Part(2.0 * patches * per_patch, 4.0 * sum(segments) * c.hidden_size * c.num_hidden_layers)
+    return _Part(
+        2.0 * patches * c.num_hidden_layers * block_weights(c),
+        4.0 * sum(segments) * c.hidden_size * c.num_hidden_layers,
+        2.0 * patches * c.num_channels * c.patch_size**2 * c.hidden_size,
+    )
 
 
 def _projector(c: Any, grids: Sequence[Sequence[int]]) -> _Part:
@@ -107,12 +112,14 @@ def _total(parts: dict[str, _Part], into: dict[str, tuple[str, ...]], trains: di
         own = trains.get(name, 0.0)
         passes = own > 0 or any(trains.get(x, 0.0) > 0 for x in into.get(name, ()))
         training += part.weights * (1 + passes + own) + part.attention * (1 + 2 * passes)
-    return Flops({k: v.weights + v.attention for k, v in parts.items()}, training)
+        training += part.first * (1 + own)
+    return Flops({k: v.weights + v.attention + v.first for k, v in parts.items()}, training)
 
 
 PREFIXES = {
     "visual.": "tower", "mlp_AR.": "projector", "model.embed_tokens.": "embedding", "model.": "decoder",
-    "lm_head.": "head", "vision_model.head.": "pool", "vision_model.": "tower", "text_model.": "text",
+    "lm_head.": "head", "logit_": "temperature", "vision_model.head.": "pool", "vision_model.": "tower",
+    "text_model.": "text",
 }  # fmt: skip
 
 

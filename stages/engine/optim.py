@@ -121,11 +121,11 @@ def build(
         optimizer = torch.optim.AdamW(described, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = _blank_state(p, group["muon"])
+            optimizer.state[p] = blank_state(p, group["muon"])
     return optimizer
 
 
-def _blank_state(p: torch.Tensor, muon: bool) -> dict[str, torch.Tensor]:
+def blank_state(p: torch.Tensor, muon: bool) -> dict[str, torch.Tensor]:
     if muon:
         return {"momentum_buffer": torch.zeros_like(p)}
     step = torch.zeros((), dtype=torch.float32, device=p.device)

@@ -22,7 +22,7 @@ from stages.engine import optim
 from stages.engine.checkpoint import Checkpoints, as_json
 from stages.engine.log import Draws, Log, begin_attempt, memory, peak
 from stages.objectives.objective import Objective
-from stages.stage import FREE, Stage, differences
+from stages.stage import FREE, Stage, Stopped, differences
 
 
 class StepLoader(Protocol):
@@ -34,10 +34,6 @@ class StepLoader(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any]) -> None: ...
-
-
-class Stopped(Exception):
-    """The run was asked to stop; it saved and can go on. Not an error, but what follows must not run."""
 
 
 def train(
@@ -215,7 +211,7 @@ def dry_step(stage: Stage, objective: Objective, model: nn.Module, turns: list[T
     """Forward and backward at the largest shape the budget allows, before the first step, so that what does
     not fit fails now and not in the night. Leaves weights, optimizer and random state as they were."""
     random = torch.get_rng_state()
-    batch = objective.largest(model, stage.budget).to(device)
+    batch = objective.shaped(model, stage.budget).to(device)
     try:
         for turn in turns:
             turn.gradients([batch], device)

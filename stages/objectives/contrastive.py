@@ -58,8 +58,8 @@ class Contrastive(Objective):
         """One pair whose embeddings are thrown away: what a rank with nothing left runs."""
         return _pairs(model, torch.tensor([[1, 2, 2]]), length=1)
 
-    def largest(self, model: Any, budget: Budget) -> PairBatch:
-        return _pairs(model, grids(max(budget.visual_tokens, 1)), length=max(budget.tokens, 1))
+    def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> PairBatch:
+        return _pairs(model, grids(max(budget.visual_tokens, pieces), pieces), length=max(budget.tokens // pieces, 1))
 
 
 def pair_loss(
@@ -134,11 +134,10 @@ def _gather(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def _pairs(model: Any, grid: torch.Tensor, *, length: int) -> PairBatch:
-    patch = model.vision_model.config.patch_size
-    n = int(grid.prod(-1).sum())
-    longest = model.text_model.config.max_positions
+    patch, pieces = model.vision_model.config.patch_size, len(grid)
+    length = min(length, model.text_model.config.max_positions)
     return PairBatch(
-        input_ids=torch.zeros(min(length, longest), dtype=torch.int64),
-        cu_seqlens=torch.tensor([0, min(length, longest)], dtype=torch.int32),
-        pixel_values=torch.zeros(n, 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
+        input_ids=torch.zeros(pieces * length, dtype=torch.int64),
+        cu_seqlens=(torch.arange(pieces + 1) * length).to(torch.int32),
+        pixel_values=torch.zeros(int(grid.prod(1).sum()), 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
     )  # fmt: skip

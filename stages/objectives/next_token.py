@@ -39,26 +39,25 @@ class NextToken(Objective):
 
     def blank(self, model: Any) -> Batch:
         """Two tokens, nothing to predict, no picture: weighs nothing, runs every collective."""
-        return _batch(model, 2, torch.zeros(0, 3, dtype=torch.int64), trained=False)
+        return _batch(model, [2], torch.zeros(0, 3, dtype=torch.int64), trained=False)
 
-    def largest(self, model: Any, budget: Budget) -> Batch:
-        """One segment of `tokens`, of which up to `visual_tokens` are one picture; all others trained."""
-        visual = min(budget.visual_tokens, budget.tokens - 2)
-        grid = grids(visual) if visual > 0 else torch.zeros(0, 3, dtype=torch.int64)
-        return _batch(model, budget.tokens, grid, trained=True)
+    def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> Batch:
+        """Equal segments, in each a picture with its share of `visual_tokens`; all other tokens trained."""
+        length = max(budget.tokens // pieces, 2)
+        lengths = [length] * (pieces - 1) + [max(budget.tokens - length * (pieces - 1), 2)]
+        return _batch(model, lengths, grids(min(budget.visual_tokens, (length - 2) * pieces), pieces), trained=True)
 
 
-def _batch(model: Any, length: int, grid: torch.Tensor, *, trained: bool) -> Batch:
-    config = model.config
-    patch = config.vision.patch_size
-    patches = int(grid.prod(-1).sum())
-    ids = torch.zeros(length, dtype=torch.int64)
-    visual = patches // 4  # 2x2 patches make one token
-    ids[1 : 1 + visual] = config.image_token_id
-    mask = torch.full((length,), trained)
-    mask[: 1 + visual] = False
+def _batch(model: Any, lengths: list[int], grid: torch.Tensor, *, trained: bool) -> Batch:
+    patch, merge = model.config.vision.patch_size, model.config.merge_size
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    patches, total = int(grid.prod(1).sum()), int(starts[-1])
+    ids, mask = torch.zeros(total, dtype=torch.int64), torch.full((total,), trained)
+    for start, one in zip(starts.tolist(), grid.prod(1).tolist(), strict=False):
+        ids[start + 1 : start + 1 + one // merge**2] = model.config.image_token_id
+        mask[start : start + 1 + one // merge**2] = False
     return Batch(
-        input_ids=ids, loss_mask=mask, position_ids=torch.arange(length).expand(3, -1).contiguous(),
-        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        input_ids=ids, loss_mask=mask, position_ids=torch.arange(total).expand(3, -1).contiguous(),
+        cu_seqlens=starts.to(torch.int32),
         pixel_values=torch.zeros(patches, 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
     )  # fmt: skip

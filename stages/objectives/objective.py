@@ -36,8 +36,11 @@ class Objective(ABC):
         """Add gradients into `model`; return term -> (this rank's share of the sum, its count)."""
 
     @abstractmethod
-    def largest(self, model: Any, budget: Budget) -> Any:
-        """A made-up micro-batch at the largest shape the budget allows, for the dry step."""
+    def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> Any:
+        """A made-up micro-batch that fills the budget, cut into `pieces` equal segments (pictures, pairs).
+
+        One piece is the largest shape there can be: the dry step runs it. More are the usual case, for `mm plan`.
+        """
 
     def owns(self, phase: str, name: str) -> bool:
         """Whether the parameter called `name` belongs to this phase's optimizer."""
@@ -68,7 +71,11 @@ def device_of(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
-def grids(visual_tokens: int, merge: int = 2) -> torch.Tensor:
-    """int64 [1, 3]: one picture as near square as `visual_tokens` merged tokens allow, in patches."""
-    rows = max(int(visual_tokens**0.5), 1)
-    return torch.tensor([[1, rows * merge, max(visual_tokens // rows, 1) * merge]])
+def grids(visual_tokens: int, pieces: int = 1, merge: int = 2) -> torch.Tensor:
+    """int64 [pieces, 3], in patches: pictures as near square as their equal share of `visual_tokens` merged
+    tokens allows; none where there is less than one token for each."""
+    share = visual_tokens // pieces
+    if share < 1:
+        return torch.zeros(0, 3, dtype=torch.int64)
+    rows = int(share**0.5)
+    return torch.tensor([[1, rows * merge, share // rows * merge]] * pieces)

@@ -34,7 +34,8 @@ def run(folder: str, settings: str = "{}") -> None:
         given["objective"] = ObjectiveSpec("contrastive")
         make = lambda p: toy.pairs(3 * p, 1 + p % 3)  # an unequal number of pairs in each micro-batch
     # eps: a gradient of nothing but rounding noise (a key's bias has none) must not become a whole step
-    stage = toy.stage(optim=Optim(lr=given.pop("lr", 1e-2), warmup_steps=2, eps=1e-4), **given)
+    optim = Optim(name=given.pop("optimizer", "adamw"), lr=given.pop("lr", 1e-2), warmup_steps=2, eps=1e-4)
+    stage = toy.stage(optim=optim, **given)
     model = toy.contrastive() if kind == "contrastive" else toy.keye(config=recomputing() if recompute else toy.KEYE)
     loader = EventfulLoader(stage.budget.packs_per_step, make=make, fingerprint=fingerprint, at=at, slow=slow)
     try:
