@@ -84,6 +84,7 @@ class DecodePool:
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._closed, self._lock = False, threading.Lock()
         self.hits = self.misses = 0
+        self._hash = processor.hash
         self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self.workers]
         for thread in self._threads:
             thread.start()
@@ -108,7 +109,7 @@ class DecodePool:
     def _cached(self, job: Job) -> np.ndarray | None:
         if self.cache is None or not job.location.sha1:
             return None
-        frames = self.cache.get(job.location.sha1, self.processor.hash)
+        frames = self.cache.get(job.location.sha1, self._hash)
         return frames if frames is not None and frames.shape[:3] == job.shape else None
 
     def _serve(self, worker: "_Worker") -> None:

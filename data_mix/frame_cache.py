@@ -6,7 +6,10 @@ temporary name and moved into place, so that readers of any process see all of i
 
 import errno
 import itertools
+import math
+import mmap
 import os
+import re
 import sys
 import threading
 import time
@@ -15,6 +18,23 @@ from pathlib import Path
 import numpy as np
 
 _numbers = itertools.count()
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), (\d+), 3\), \} *\n",
+    re.DOTALL,
+)
+
+
+def _frames(data: mmap.mmap) -> np.ndarray | None:
+    """uint8 [T, H, W, 3] of a whole .npy file; None for anything else. (np.load takes longer than the rest of
+    making an example.)"""
+    header = _HEADER.match(data[:256])
+    if header is None:
+        return None
+    shape = (*(int(n) for n in header.groups()[1:]), 3)
+    start = 10 + int.from_bytes(header[1], "little")
+    if len(data) != start + math.prod(shape):
+        return None
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 class FrameCache:
@@ -29,21 +49,24 @@ class FrameCache:
         self._written, self._lock = max_bytes, threading.Lock()  # the first write looks at what is there
 
     def path(self, sha1: str, processor_hash: str) -> Path:
-        return self.folder / sha1[:2] / f"{sha1}-{processor_hash}.npy"
+        return Path(self._file(sha1, processor_hash))
+
+    def _file(self, sha1: str, processor_hash: str) -> str:
+        return f"{self.folder}/{sha1[:2]}/{sha1}-{processor_hash}.npy"
 
     def get(self, sha1: str, processor_hash: str) -> np.ndarray | None:
-        """The frames as a read-only memory map; None if they are not here. A damaged file is removed."""
-        path = self.path(sha1, processor_hash)
+        """The frames, read-only and mapped from the file; None if they are not here. A damaged file is removed."""
+        path = self._file(sha1, processor_hash)
         try:
-            frames = np.load(path, mmap_mode="r", allow_pickle=False)
+            with open(path, "rb") as f:
+                frames = _frames(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError):
             frames = None
-        if frames is not None and frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3:
-            return frames
-        path.unlink(missing_ok=True)
-        return None
+        if frames is None:
+            Path(path).unlink(missing_ok=True)
+        return frames
 
     def put(self, sha1: str, processor_hash: str, frames: np.ndarray) -> bool:
         """Keep `frames`; False where the disk did not take them."""

@@ -238,6 +238,8 @@ class Source:
                 raise UserError(f"{self.folder}/{s['file']}: the index has {len(bounds) - 1} samples, "
                                 f"source.json says {s['samples']}; import the data again")  # fmt: skip
         self._lines = lines
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
+        self._paths = [str(self.folder / s["file"]) for s in self.shards]
         self._starts = np.cumsum([0, *(s["samples"] for s in self.shards)])
 
     def __len__(self) -> int:
@@ -253,10 +255,14 @@ class Source:
         return shard, i - int(self._starts[shard])
 
     def row(self, i: int) -> dict[str, Any]:
-        """The whole index row of sample i: key, members, sha1, sample."""
-        shard, line = self._find(i)
-        a, b = self._lines[shard][line], self._lines[shard][line + 1]
-        return json.loads(self._maps[shard][a:b])
+        """The whole index row of sample i: key, members, sha1, sample. Not to be changed: the last is kept."""
+        number, row = self._last
+        if number != i:
+            shard, line = self._find(i)
+            a, b = self._lines[shard][line], self._lines[shard][line + 1]
+            row = json.loads(self._maps[shard][a:b])
+            self._last = (i, row)
+        return row
 
     def sample(self, i: int) -> dict[str, Any]:
         """The sample's JSON, from the index: no tar is opened."""
@@ -274,11 +280,12 @@ class Source:
 
     def locate(self, i: int, suffix: str) -> Location:
         """Where the bytes of one member lie. Raises BadSample when the sample has no such member."""
-        row, file = self.row(i), self.shard_of(i)
+        row, shard = self.row(i), self._find(i)[0]
         if suffix not in row["members"]:
+            file = self.shards[shard]["file"]
             raise BadSample("a part names media that is not in the shard", shard=file, key=row["key"])
         offset, size = row["members"][suffix]
-        return Location(str(self.folder / file), offset, size, row["sha1"].get(suffix, ""))
+        return Location(self._paths[shard], offset, size, row["sha1"].get(suffix, ""))
 
     def member(self, i: int, suffix: str) -> bytes:
         """The bytes of one member. Raises BadSample when it is not there or the shard ends early."""
