@@ -8,6 +8,8 @@ from PIL import Image
 
 from data_mix.world.sound import RATE
 
+_AAC = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_ms": "0", "aac_pns": "0"}  # a fifth less time
+
 
 def jpeg(picture: np.ndarray, quality: int = 88) -> bytes:
     """uint8 [h, w, 3] -> the bytes of a .jpg."""
@@ -24,7 +26,7 @@ def mp4(frames: list[np.ndarray], fps: int, sound: np.ndarray) -> bytes:
         video.height, video.width = frames[0].shape[:2]
         video.pix_fmt = "yuv420p"
         video.codec_context.thread_count = 1  # one process per core already
-        audio = box.add_stream("aac", rate=RATE, layout="stereo", options={"aac_coder": "fast"})
+        audio = box.add_stream("aac", rate=RATE, layout="stereo", options=_AAC)
         audio.bit_rate = 48_000
         for frame in frames:
             box.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

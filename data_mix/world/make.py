@@ -104,6 +104,10 @@ class _Crew:
             self.progress.update()
             yield result
 
+    def expect(self, more: int) -> None:
+        """The number of jobs turned out otherwise than planned."""
+        self.progress.total = (self.progress.total or 0) + more
+
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
@@ -200,6 +204,7 @@ class _World:
                 pairs = HELD_COLOUR_SHAPE if split == "unseen" else COLOUR_SHAPE
                 for i, k in enumerate(self._answers(task, split)):
                     jobs.append(("eval", self.seed, task, split, i, deck.draw(pairs), k))
+            self.crew.expect(len(jobs) - 3 * self.size.rows)
             for made in self.crew.run(jobs):
                 self.put(made["file"], made["jpg"])
                 self.rows[made["row"]["task"]].append(made["row"])
@@ -311,7 +316,7 @@ def _existing(folder: Path, size: str, seed: int) -> dict | None:
 def make_world(
     folder: str | Path, *, size: str = "tiny", seed: int = 0, workers: int | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Fill `folder` with the world of this size and seed (layout: docs of data_mix/world); its world.json's content.
+    """Fill `folder` with the world of this size and seed (layout in `data_mix.world`); its world.json's content.
 
     The folder appears whole or not at all; one that holds the same world already is kept. Pictures and truth
     do not depend on `workers` (all cores by default).

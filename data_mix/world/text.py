@@ -242,17 +242,17 @@ def clip_questions(truth: dict, lang: str, random: np.random.Generator, said: st
     """Every question that the clip answers, those about what happens first; `said` is what was told before."""
     events = truth["events"]
     movers = [truth["things"][e["thing"]] for e in events]
-    who = order(truth, lang, random) if len(events) > 1 and random.random() < 0.6 else actor(truth, lang)
+    who = order(truth, lang, random) if len(events) > 1 and random.random() < 0.8 else actor(truth, lang)
     acts = [action(truth, e, lang) for e in events]
-    first = [who, *acts, does(truth, events[int(random.integers(len(events)))], lang, random)]
+    more = _mixed([*acts, does(truth, events[int(random.integers(len(events)))], lang, random)], random)
+    first = _mixed([who, *more[: int(random.integers(1, 3))]], random)
     rest: list[Turn | None] = [
         *attributes(truth, lang, random, movers)[:4], count(truth, lang, 0, "start"),
         count(truth, lang, -1, "end"), ends(truth, lang), *_sign_asked(truth, lang, random),
         present(truth, lang, random),
         when(truth, events[int(random.integers(len(events)))], lang), *attributes(truth, lang, random)[:2],
     ]  # fmt: skip
-    picked = _mixed(first, random)[: 2 if random.random() < 0.5 else 3] + _mixed(rest, random)
-    return unspoiled(distinct([t for t in picked if t]), said)
+    return unspoiled(distinct([t for t in first + _mixed(rest, random) if t]), said)
 
 
 def still_questions(truth: dict, lang: str, random: np.random.Generator, said: str = "") -> list[Turn]:
