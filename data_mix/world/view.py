@@ -24,7 +24,7 @@ _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1320px;padding:24px;background:#fafaf8;color:#1c1c22}
 h1{font-size:24px;margin:0 0 4px}
 h2{font-size:17px;margin:32px 0 10px;border-bottom:1px solid #d8d8d2;padding-bottom:4px}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px;align-items:start}
 .card{background:#fff;border:1px solid #e2e2dc;border-radius:8px;padding:12px;overflow:hidden}
 .media{display:flex;gap:8px;align-items:flex-start;flex-wrap:wrap}
 .media video,.media img{max-width:100%;border-radius:4px;display:block}
@@ -37,6 +37,8 @@ td,th{border:1px solid #e2e2dc;padding:3px 9px;text-align:right}
 th{background:#f2f2ee;font-weight:600}td:first-child,th:first-child{text-align:left}.tables{display:flex;gap:18px;flex-wrap:wrap}
 td.held{background:#f6d8d4;color:#8a2018;font-weight:600;text-align:center}td.kept{text-align:center;color:#b4b8bc}
 """
+# The bar would cover a third of such small pictures: it comes when the pointer does.
+_PLAYER = "loop preload=auto onmouseenter=this.controls=true onmouseleave=this.controls=false onclick=this.play()"
 _LABEL = ImageFont.truetype(str(FONT), 18)
 _INK = {**{k: tuple(int(c * 0.85) for c in v) for k, v in RGB.items()}, "white": (255, 255, 255)}
 
@@ -114,7 +116,7 @@ def _clip_card(root: Path, path: Path) -> str:
     sound_uri = _uri(_spectrogram(sound, [s["t"] for s in truth["sounds"]]), "image/png")
     title = f"{truth['id']} &middot; {truth['split']} &middot; {truth['width']}x{truth['height']}"
     return f"""<div class=card><b class=t>{title}</b>
-<div class=media><video src="{_uri(data, "video/mp4")}" controls loop preload=auto {fit}></video>
+<div class=media><video src="{_uri(data, "video/mp4")}" {_PLAYER} {fit}></video>
 {_img(_png(still), "image/png", fit)}</div><img class=wave src="{sound_uri}"><div class=a>{acts}</div>
 <div class=note>{_e(things)}<br>{_e(signs)} &middot; {truth["background"]}<br>hears {_e(heard)}<br>
 &ldquo;{_e(truth["title"])}&rdquo;, {truth["likes"]} likes; {_e(said)}</div></div>"""
@@ -122,7 +124,7 @@ def _clip_card(root: Path, path: Path) -> str:
 
 def _media(data: bytes, suffix: str) -> str:
     if suffix.endswith("mp4"):
-        return f'<video src="{_uri(data, "video/mp4")}" controls loop preload=auto height=150></video>'
+        return f'<video src="{_uri(data, "video/mp4")}" {_PLAYER} height=150></video>'
     return _img(data, extra="height=130")
 
 
