@@ -11,8 +11,9 @@ from data_mix.foreign import Items, Record
 from data_mix.foreign_folder import read_folder
 from data_mix.foreign_json import read_llava
 from data_mix.foreign_tables import read_datasets, read_webdataset
+from data_mix.index import build_index
 from data_mix.sample import media_kind
-from data_mix.shards import ShardWriter, complete_facts
+from data_mix.shards import ShardWriter, Source, complete_facts
 from mm.common.config import nearest
 from mm.common.errors import BadSample, UserError
 from mm.common.files import write_json
@@ -49,6 +50,9 @@ def import_data(
 ) -> ImportReport:  # fmt: skip
     """Import `src` of `kind` llava, folder, datasets or webdataset into the source folder `out`.
 
+    A webdataset whose `out` is `src` itself is indexed in place: the tars stay as they are, and samples need JSON
+    with messages.
+
     Args:
         name: the source's name, by default that of `out`.
         captions: for kind folder: a table of captions, or "name" for the files' own names.
@@ -63,21 +67,31 @@ def import_data(
         raise UserError(f"{src} does not exist")
     out = Path(out)
     report = ImportReport(out)
-    items = _items(kind, src, captions, media_root)
-    with ShardWriter(out, name or out.name) as writer, Progress(None, f"importing {kind}", quiet=quiet) as progress:
+    if kind == "webdataset" and out.is_dir() and out.samefile(src):
+        _, report.skipped = build_index(out, name or out.name, quiet=quiet)
+        report.families = Counter(str(r["sample"].get("family") or "unnamed") for r in Source(out).rows())
+        report.samples = report.families.total()
+    else:
+        _copy(report, kind, Path(src), name or out.name, _items(kind, src, captions, media_root), check, quiet)
+    skipped = [{"file": b.shard, "key": b.key, "reason": b.reason} for b in report.skipped]
+    write_json(out / "skipped.json", skipped)
+    return report
+
+
+def _copy(
+    report: ImportReport, kind: str, src: Path, name: str, items: Items, check: bool, quiet: bool
+) -> None:
+    """Write every good item to a new source folder. Raises UserError where there is none."""
+    with ShardWriter(report.folder, name) as writer, Progress(None, f"importing {kind}", quiet=quiet) as progress:
         for item in items:
             try:
                 _write(writer, item, report, check)
             except BadSample as e:
-                key = item.key or e.key
-                shard = item.shard if isinstance(item, BadSample) else Path(src).name
-                report.skipped.append(BadSample(e.reason, shard=shard, key=key))
+                shard = item.shard if isinstance(item, BadSample) else src.name
+                report.skipped.append(BadSample(e.reason, shard=shard, key=item.key or e.key))
             progress.update(note=f"{len(report.skipped)} skipped" if report.skipped else "")
         if not report.samples:
             raise UserError(f"{src}: no sample can be used; {report}")
-    skipped = [{"file": b.shard, "key": b.key, "reason": b.reason} for b in report.skipped]
-    write_json(out / "skipped.json", skipped)
-    return report
 
 
 def _items(kind: str, src: str | Path, captions: Any, media_root: Any) -> Items:

@@ -22,6 +22,7 @@ from data_mix.sample import media_parts, suffix_of
 from data_mix.shards import Source
 from data_mix.stats import source_folders
 from mm.batch import Batch, PairBatch
+from mm.common.errors import UserError
 from mm.common.files import write_atomic
 from mm.processor import Processor
 from mm.tokenizer import Tokenizer
@@ -57,7 +58,8 @@ def view(
 def _plan(
     folder: str | Path, processor: Processor | None, tokenizer: Tokenizer | None, tokens: int, visual: int
 ) -> PackPlan:
-    assert processor is not None and tokenizer is not None, "a folder is packed with a processor and a tokenizer"
+    if processor is None or tokenizer is None:
+        raise UserError(f"{folder} must be packed to be viewed: give a processor and a tokenizer, or a checkpoint's")
     specs = [SourceSpec(p, len(Source(p)), "samples") for p in source_folders(folder) if len(Source(p))]
     return PackPlan(Mix(specs), processor, tokenizer, tokens, visual)
 

@@ -171,6 +171,13 @@ def test_webdataset_with_captions_and_with_traps(tmp_path):
     assert named.pop("q") == "no caption" and named == WANTED
 
 
+def test_webdataset_can_be_indexed_in_place(tmp_path):
+    before = hostile(tmp_path / "a.tar").read_bytes()
+    report, source = run("webdataset", tmp_path, tmp_path)
+    assert source.keys == ["good1", "good2"] and (tmp_path / "a.tar").read_bytes() == before
+    assert {b.key: b.reason for b in report.skipped} == WANTED and dict(report.families) == {"unnamed": 2}
+
+
 def test_mistakes(tmp_path, media):
     (media / "x.json").write_text("not json")
     for kind, src, said, kwargs in (

@@ -13,6 +13,7 @@ from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.shards import ShardWriter, Source
 from data_mix.view import unpatchify, view
+from mm.common.errors import UserError
 from tests.data_mix.made import FAILS, TrickyProcessor, picture, turn
 
 
@@ -68,3 +69,5 @@ def test_holes_pairs_and_hostile_text(tmp_path, tokenizer, kind):
 def test_a_folder_can_be_viewed_directly(real_source, processor, tokenizer, tmp_path):
     page = view(real_source, tmp_path / "x.html", n=1, processor=processor, tokenizer=tokenizer)
     assert "segment 0" in page.read_text()
+    with pytest.raises(UserError, match="tokenizer"):
+        view(real_source, tmp_path / "x.html")
