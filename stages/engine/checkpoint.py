@@ -111,21 +111,23 @@ class Checkpoints:
         if self.pending is None:
             return
         final, about, future = self.pending
-        self.pending = None
+        self.pending, trouble = None, ""
         try:
             future.result()
             if dist.is_main():
                 self._complete(final, about)
         except FAILURES as e:
             shutil.rmtree(final.with_name(f"{final.name}.tmp"), ignore_errors=True)
-            reason = (
+            trouble = (
                 f"checkpoint {final} could not be written ({_reason(e)}); the older ones are untouched: "
                 f"{', '.join(p.name for p in self.there()) or 'none yet'}"
             )
-            if strict:
-                raise UserError(f"{reason}. Free some space and give the same command again") from e
-            if dist.is_main():
-                self.warn(f"WARNING: {reason}. Training goes on")
+        if strict:  # all ranks are here: they stop together
+            trouble = dist.broadcast_object(trouble)
+        if trouble and strict:
+            raise UserError(f"{trouble}. Free some space and give the same command again")
+        if trouble and dist.is_main():
+            self.warn(f"WARNING: {trouble}. Training goes on")
 
     def _complete(self, final: Path, about: dict[str, Any]) -> None:
         temporary = final.with_name(f"{final.name}.tmp")
@@ -166,8 +168,10 @@ class Checkpoints:
         where the run has none yet.
 
         A damaged one is named, set aside as step-N.bad, and the one before it is taken.
-        Raises UserError where there are checkpoints but none can be read, or the stage has changed.
+        Raises UserError where there are checkpoints but none can be read, the frozen weights are damaged, or
+        the stage has changed.
         """
+        self._check_frozen()
         names = dist.broadcast_object([p.name for p in self.there()])
         for name in names:
             about = self._try(self.folder / name)
@@ -184,8 +188,7 @@ class Checkpoints:
         about, trouble = None, ""
         try:
             about = read_json(path / COMPLETE)
-            for folder, info in [(path, about), *self._frozen_part()]:
-                check_files(folder, info["files"])
+            check_files(path, about["files"])
             if about["fingerprint"] == self.stage.fingerprint():
                 self._load(path, about)
         except FAILURES as e:
@@ -203,17 +206,24 @@ class Checkpoints:
         dist.barrier()
         return None
 
-    def _frozen_part(self) -> list[tuple[Path, dict]]:
-        if not self._frozen():
-            return []
-        return [(self.folder / "frozen", read_json(self.folder / "frozen" / COMPLETE))]
+    def _check_frozen(self) -> None:
+        folder = self.folder / "frozen"
+        if not dist.broadcast_object((folder / COMPLETE).exists()):
+            return
+        try:
+            check_files(folder, read_json(folder / COMPLETE)["files"])
+        except UserError as e:
+            raise UserError(
+                f"the frozen weights in {folder} are damaged ({e}); remove that folder: they are written again from "
+                "what the stage starts from"
+            ) from e
 
     def _load(self, path: Path, about: dict[str, Any]) -> None:
         state, random = self._trained(), self._random()
         if dist.rank() < about["ranks"]:
             state |= {k: v for k, v in random.items() if self._has(path, k)}
         self._read(path, state)
-        if self._frozen():
+        if self._frozen() and (self.folder / "frozen" / COMPLETE).exists():
             self._read(self.folder / "frozen", self._frozen())
         rank = dist.rank()
         if f"rng.cpu.{rank}" in state:

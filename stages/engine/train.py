@@ -1,5 +1,6 @@
 """The loop. Read `train` from top to bottom; everything else here is what it says it is."""
 
+import json
 import math
 import os
 import signal
@@ -71,14 +72,13 @@ def train(
         batches_of = iter(loader)
         for step in range(start + 1, steps + 1):
             clock = time.monotonic()
-            batches = [b.to(device) for b in next_of(batches_of, step)]
-            names = [name for b in batches for name in b.draws]
-            draws.step(step, names)
+            here = next_of(batches_of, step)
             waited = time.monotonic() - clock
-            size = add_up(
-                {**objective.measure(batches), "flops": objective.flops(model, batches), "stop": interrupts.asked},
-                device,
-            )
+            names = [name for b in here for name in b.draws]
+            draws.step(step, names)
+            size = {**objective.measure(here), "flops": objective.flops(model, here), "stop": interrupts.asked}
+            size = add_up(size, device)
+            batches = [b.to(device) for b in here]
             losses: dict[str, float] = {}
             norm, fine = 0.0, True
             for turn in turns:
@@ -93,14 +93,14 @@ def train(
                 "mfu": utilisation(size["flops"], seconds, device), "wait_share": waited / seconds,
                 "step_seconds": seconds, "memory_gb": memory(device) / 1e9, "skipped": counters["skipped"],
             })  # fmt: skip
-            here = {"step": step, "counters": counters, "loader": as_json(loader.state(), "the loader's state")}
-            here["schedules"] = {t.phase: t.scheduler.state_dict()["last_epoch"] for t in turns}
+            at = {"step": step, "counters": counters, "loader": as_json(loader.state(), "the loader's state")}
+            at["schedules"] = {t.phase: t.scheduler.state_dict()["last_epoch"] for t in turns}
             every = stage.checkpoint.every_steps
             if size["stop"] and step < steps:
-                saver.save(step, here, wait=True)
+                saver.save(step, at, wait=True)
                 stop(log, draws, saver, stage, step)
             elif step == steps or (every and step % every == 0):
-                saver.save(step, here, wait=step == steps)
+                saver.save(step, at, wait=step == steps)
             saver.poll()
 
     whole = gathered(model, empty)
@@ -210,11 +210,11 @@ def resume(saver: Checkpoints, loader: StepLoader, turns: list[Turn]) -> dict[st
 def dry_step(stage: Stage, objective: Objective, model: nn.Module, turns: list[Turn], device: torch.device) -> None:
     """Forward and backward at the largest shape the budget allows, before the first step, so that what does
     not fit fails now and not in the night. Leaves weights, optimizer and random state as they were."""
-    random = torch.get_rng_state()
     batch = objective.shaped(model, stage.budget).to(device)
     try:
-        for turn in turns:
-            turn.gradients([batch], device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for turn in turns:
+                turn.gradients([batch], device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
         if not _out_of_memory(e):
             raise
@@ -225,7 +225,6 @@ def dry_step(stage: Stage, objective: Objective, model: nn.Module, turns: list[T
         ) from e
     finally:
         model.zero_grad(set_to_none=True)
-        torch.set_rng_state(random)
 
 
 def _out_of_memory(e: BaseException) -> bool:
@@ -269,18 +268,16 @@ class Interrupts:
 
 def write_config(stage: Stage, folder: Path) -> None:
     """config.json beside the checkpoints. Raises UserError where the folder holds a run of another stage."""
-    new = to_dict(stage)
+    new, changed = to_dict(stage), []
+    path = folder / "config.json"
+    if dist.is_main() and path.exists() and (folder / "checkpoints").exists():
+        old, now = ({k: v for k, v in c.items() if k not in FREE} for c in (read_json(path), new))
+        changed = differences(json.loads(json.dumps(old)), json.loads(json.dumps(now)))
+    changed = dist.broadcast_object(changed)
+    if changed:
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed)}); give another --out")
     if dist.is_main():
-        path = folder / "config.json"
-        if path.exists():
-            old, now = ({k: v for k, v in c.items() if k not in FREE} for c in (read_json(path), new))
-            changed = differences(old, now)
-            if changed and (folder / "checkpoints").exists():
-                raise UserError(
-                    f"{folder} holds a run with other settings ({'; '.join(changed)}); give another --out"
-                )
         write_json(path, new)
-    dist.barrier()
 
 
 def _warn(text: str) -> None:

@@ -14,12 +14,17 @@ from pathlib import Path
 import engine_toy as toy
 import torch
 
+from data_mix.loader import Loader as RealLoader
+from data_mix.mix import Mix, SourceSpec
+from data_mix.pack import PackPlan
 from mm.common import dist
 from mm.common.errors import UserError
 from mm.parallelize import parallelize
+from mm.processor import Processor
+from mm.tokenizer import Tokenizer
 from stages import objectives
 from stages.engine.train import Stopped, Turn, train
-from stages.stage import Checkpoints, ObjectiveSpec, Optim
+from stages.stage import Budget, Checkpoints, ObjectiveSpec, Optim
 
 
 def run(folder: str, settings: str = "{}") -> None:
@@ -100,6 +105,39 @@ def gradients(folder: str, settings: str) -> None:
         grads[name] = (g.full_tensor() if hasattr(g, "full_tensor") else g).clone()
     if dist.is_main():
         torch.save({"loss": float(sums[0, 0] / sums[0, 1]), "grads": grads}, Path(folder) / "grads.pt")
+
+
+def real(folder: str, settings: str) -> None:
+    """Train on a source folder through the real loader: {"source", "workers", "steps"}."""
+    given = json.loads(settings)
+    source = Path(given["source"])
+    tokenizer = Tokenizer.load(source.parent / "tokenizer")
+    config = dataclasses.replace(
+        toy.KEYE, vision=dataclasses.replace(toy.VISION, patch_size=14, image_size=56),
+        decoder=dataclasses.replace(toy.KEYE.decoder, vocab_size=512),
+    ).bound(tokenizer)  # fmt: skip
+    stage = toy.stage(
+        model=config, optim=Optim(lr=1e-2, eps=1e-4), checkpoint=Checkpoints(every_steps=3),
+        budget=Budget(tokens=192, visual_tokens=48, packs_per_step=4, steps=given["steps"]),
+    )  # fmt: skip
+    processor = Processor(image_max_tokens=16)
+    plan = PackPlan(Mix([SourceSpec(source, unit="samples")]), processor, tokenizer, 192, 48)
+    sizes = {"rank": dist.rank(), "ranks": dist.world_size(), "workers": given["workers"]}
+    with RealLoader(plan, packs_per_step=4, **sizes) as loader:
+        slow = SlowSteps(loader, given.get("slow", 0.0))
+        train(stage, folder, model=toy.keye(config=config), loader=slow, hand_on=toy.hand_on)
+
+
+class SlowSteps:
+    """A loader whose steps take a random time, so that a kill may meet any moment."""
+
+    def __init__(self, loader: RealLoader, slow: float):
+        self.loader, self.slow, self.state, self.load = loader, slow, loader.state, loader.load
+
+    def __iter__(self):
+        for batches in self.loader:
+            time.sleep(self.slow * random.random())
+            yield batches
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """A run that is stopped, killed or damaged goes on as if nothing had been: every draw once, the same weights."""
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -10,8 +12,11 @@ import engine_launch as launch
 import engine_toy as toy
 import pytest
 import torch
+from PIL import Image
 
+from data_mix.shards import ShardWriter
 from mm.common.files import read_jsonl
+from mm.tokenizer import Tokenizer
 from stages.engine.log import lineage
 
 
@@ -68,19 +73,67 @@ def test_a_second_interrupt_quits_at_once(tmp_path):
     assert group.processes[0].exitcode == -signal.SIGINT
 
 
-def killed(folder, plan, seed, steps):
+def killed(folder, plan, seed, steps, job="run", workers=(1,), **settings):
     """Kill a run once per entry of `plan` (its ranks), each time at a random moment; then let it end."""
     rng = random.Random(seed)
-    for ranks in plan[:-1]:
-        group = launch.Group("run", folder, ranks, {"steps": steps, "every": 3, "slow": 0.1})
+    for turn, ranks in enumerate(plan):
+        given = {"steps": steps, "every": 3, **settings}
+        if job == "real":
+            given = {"steps": steps, "workers": workers[turn % len(workers)], **settings}
         attempts = len(read_jsonl(folder / "attempts.jsonl")) if (folder / "attempts.jsonl").exists() else 0
+        last = turn == len(plan) - 1
+        group = launch.Group(job, folder, ranks, given if last else {**given, "slow": 0.1})
+        if last:
+            group.wait()
+            break
         while group.processes[0].is_alive():  # the moment is random from the start of its first step on
             if (folder / "attempts.jsonl").exists() and len(read_jsonl(folder / "attempts.jsonl")) > attempts:
                 break
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 1.0))
         group.kill()
-    launch.run("run", folder, ranks=plan[-1], steps=steps, every=3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A source folder of 90 conversations, two of three about a picture, and a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    words = ["red", "green", "blue", "square", "ball", "moves", "left", "right", "红色", "方块"]
+    Tokenizer.train([" ".join(words)] * 5, 400).save(folder / "tokenizer")
+    rng = random.Random(0)
+    with ShardWriter(folder / "toy", "toy", max_samples=25) as writer:
+        for i in range(90):
+            text = " ".join(rng.choices(words, k=rng.randint(3, 12)))
+            question: list[dict] = [{"type": "text", "text": "what is it"}]
+            media = {}
+            if i % 3:
+                picture = io.BytesIO()
+                size = (rng.randint(28, 90), rng.randint(28, 90))
+                Image.new("RGB", size, (i, 100, 200)).save(picture, "JPEG")
+                media = {"0.jpg": picture.getvalue()}
+                question.insert(0, {"type": "image", "image": "0.jpg"})
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            writer.write(f"s{i:03d}", {"messages": messages, "family": "vqa"}, media)
+    return folder / "toy"
+
+
+def drawn(folder):
+    steps = {}
+    for row in lineage(folder):
+        steps.setdefault(row["step"], []).extend(row["draws"])
+    return {step: sorted(names) for step, names in steps.items()}
+
+
+def test_killed_while_ranks_and_workers_change_with_the_real_loader(tmp_path, source):
+    """Every draw of the uninterrupted run at its step, exactly once, through kills, ranks and workers."""
+    steps = 12
+    launch.run("real", tmp_path / "straight", source=str(source), steps=steps, workers=0)
+    killed(tmp_path / "run", [1, 2, 4, 1], 5, steps, job="real", workers=(1, 0, 1, 2), source=str(source))
+    straight = drawn(tmp_path / "straight")
+    assert drawn(tmp_path / "run") == straight and set(straight) == set(range(1, steps + 1))
+    names = [name for step in straight.values() for name in step]
+    assert len(names) == len(set(names)) > 80  # a name holds the epoch: none came twice
+    assert worst(launch.weights(tmp_path / "run"), launch.weights(tmp_path / "straight")) < 1e-4
 
 
 def test_killed_three_times_while_ranks_change(tmp_path, straight):
@@ -186,6 +239,25 @@ def test_a_changed_stage_or_changed_data_are_refused(tmp_path):
     assert "USER ERROR the data have changed" in out
     launch.run("run", tmp_path, steps=6, every=1)  # how often it saves may change
     assert (tmp_path / "model").exists()
+
+
+def test_damaged_frozen_weights_are_named_and_can_be_made_again(tmp_path):
+    settings = {"steps": 6, "train": {"*": 1.0, "visual.*": 0.0}}
+    launch.run("run", tmp_path, **settings, at={"4": "term"})
+    damage(tmp_path / "checkpoints" / "frozen", "short")
+    out = launch.run("run", tmp_path, **settings)
+    assert "USER ERROR the frozen weights in" in out and "remove that folder" in out
+    shutil.rmtree(tmp_path / "checkpoints" / "frozen")
+    out = launch.run("run", tmp_path, **settings)
+    assert "going on from step 4" in out and (tmp_path / "checkpoints" / "frozen" / "COMPLETE.json").exists()
+
+
+def test_killed_before_it_handed_on_it_hands_on(tmp_path):
+    launch.run("run", tmp_path, steps=4, ranks=2)
+    before = launch.weights(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    launch.run("run", tmp_path, steps=4)
+    assert same(before, launch.weights(tmp_path))
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
