@@ -14,6 +14,7 @@ from mm.common.seeds import rng
 
 Pair = tuple[str, str]
 Sample = dict[str, Any]
+CLOSE_SIZES = ((84, 84), (84, 112), (112, 84), (112, 56), (56, 112))  # whole patches: the processor keeps them
 SMALL_SIZES = ((120, 152), (136, 136), (152, 120))  # where several pictures share one conversation
 
 
@@ -106,7 +107,14 @@ def _maybe_sign(random: np.random.Generator, share: float) -> list[str]:
 
 
 def _vit_pairs(random, lang: str):
-    jpg, truth = picture(random, distinct_pairs(random, int(random.integers(1, 4))), signs=_maybe_sign(random, 0.35))
+    """Four in five are close-ups of one thing, or of a sign and a thing: many a pack, of many aspect ratios."""
+    if random.random() < 0.8:
+        size = CLOSE_SIZES[int(random.integers(len(CLOSE_SIZES)))]
+        things, signs = distinct_pairs(random, 1), _maybe_sign(random, 0.3)
+        jpg, truth = picture(random, things, signs=signs, size=size, scale=1.0 if signs else 1.25)
+    else:
+        things = distinct_pairs(random, int(random.integers(1, 4)))
+        jpg, truth = picture(random, things, signs=_maybe_sign(random, 0.35))
     return [truth], [jpg], [{"type": "pair", "q": "", "a": text.caption(truth, lang)}]
 
 

@@ -56,7 +56,8 @@ def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
         raise UserError(f"{name!r} is not a stage{nearest(name, STAGES)}")
     stage = STAGES[name](a.size)
     steps = max(round(stage.budget.steps * a.scale), 1)
-    stage = replace(stage, seed=a.seed, budget=replace(stage.budget, steps=steps))
+    optim = replace(stage.optim, warmup_steps=min(stage.optim.warmup_steps, steps // 2))
+    stage = replace(stage, seed=a.seed, optim=optim, budget=replace(stage.budget, steps=steps))
     return override(stage, settings).check()
 
 
@@ -174,7 +175,8 @@ def write_record(pipeline: Pipeline, a: argparse.Namespace) -> None:
     status = {"done": "done", "given": "done", "interrupted": "failed"}
     nodes = [{"name": n, "inputs": list(pipeline.nodes[n].inputs), "seconds": pipeline.seconds(n),
               "status": status.get(pipeline.status(n), "waiting"), "note": ""} for n in pipeline.order]  # fmt: skip
-    given: list[dict] = [{"name": n, "inputs": [], "seconds": None, "status": "done", "note": "given"} for n in pipeline.given]
+    blank = {"inputs": [], "seconds": None, "status": "done", "note": "given"}
+    given: list[dict] = [{"name": n, **blank} for n in pipeline.given]
     notes = {n: pipeline.folder / n / "skipped.json" for n in pipeline.order}
     skipped = {n: read_json(path) for n, path in notes.items() if path.exists()}
     pipeline.folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from mm.common.files import atomic_folder, read_json, write_json
 from mm.keye import Keye, KeyeConfig
 from mm.processor import Processor
 from mm.sizes import PROCESSORS
+from mm.template import DEFAULT_SYSTEM
 from mm.tokenizer import Tokenizer
 from stages.engine.train import train
 from stages.stage import Stage
@@ -53,18 +54,23 @@ class Means:
         return self.artifacts[name]
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    """A byte-level BPE over these texts, with Keye's special tokens."""
+def train_tokenizer(texts: Iterable[str], folder: Path) -> Path:
+    """A byte-level BPE over these texts, with Keye's special tokens, saved in `folder`."""
     with atomic_folder(folder) as temporary:
         Tokenizer.train(texts, VOCABULARY).save(temporary)
+    return folder
 
 
 def texts_of(folders: Iterable[Path]) -> Iterator[str]:
-    """All that is said in these source folders."""
+    """All that is said in these source folders, with what the template says around it."""
     for folder in folders:
         source = Source(folder)
         for i in range(len(source)):
-            for message in source.sample(i)["messages"]:
+            messages = source.sample(i)["messages"]
+            if messages[0]["role"] not in ("text", "system"):
+                yield f"system\n{DEFAULT_SYSTEM}"
+            for message in messages:
+                yield f"{message['role']}\n"
                 content = message["content"]
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
                 yield from (p["text"] for p in parts if p["type"] == "text")
