@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from mm.common import dist
 from mm.common.errors import UserError
@@ -21,9 +22,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for members in lists for block in members]
 
 
-def parallelize(model: nn.Module, *, device: torch.device, precision: str = "fp32") -> nn.Module:
-    """Shard `model` over all ranks (FSDP2, one group per block, one for the rest) and move it to `device`.
+def parallelize(
+    model: nn.Module, *, device: torch.device, precision: str = "fp32", sharding: str = "full"
+) -> nn.Module:
+    """Spread `model` over all ranks and move it to `device`.
 
+    sharding "full": FSDP2, one group per block, one for the rest. "replicate": every rank keeps all weights, for
+    models so small that gathering costs more than it saves; the engine then calls `average_gradients`.
     Every rank passes the same weights, with what is frozen already frozen. One rank gets its module back
     untouched. precision "bf16": weights are gathered and multiplied in bf16, kept and reduced in fp32.
     Activation checkpointing is the model's own (its config), inside each block's group.
@@ -32,6 +37,8 @@ def parallelize(model: nn.Module, *, device: torch.device, precision: str = "fp3
     if dist.world_size() == 1:
         return model.to(device)
     _same_everywhere(model)
+    if sharding == "replicate":
+        return model.to(device)
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     half = torch.bfloat16 if precision == "bf16" else None
     # Inputs are left alone: rotary tables stay fp32 whatever the weights are gathered in.
@@ -46,6 +53,16 @@ def parallelize(model: nn.Module, *, device: torch.device, precision: str = "fp3
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
     return model
+
+
+@torch.no_grad()
+def average_gradients(grads: list[torch.Tensor]) -> None:
+    """The mean over ranks of whole gradients, in place, in one message (sharded ones have theirs already)."""
+    if dist.world_size() == 1 or not grads or isinstance(grads[0], DTensor):
+        return
+    flat = dist.sum_tensor(torch.cat([g.reshape(-1) for g in grads])) / dist.world_size()
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(mean.view_as(g))
 
 
 def _same_everywhere(model: nn.Module) -> None:

@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Threads that wait should sleep: with decode workers beside the training threads, spinning costs more than it saves.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 SIZES = ("tiny", "small", "8b")
 
 
@@ -75,6 +72,7 @@ def _run(commands: Any) -> None:
     p.add_argument("--siglip", type=Path, metavar="DIR", help="local Hugging Face folder the tower starts from")
     p.add_argument("--data", action="append", default=[], metavar="NAME=DIR", help="source folder of a mix (repeat)")
     p.add_argument("--workers", type=int, default=1, help="decode processes per rank (default 1)")
+    p.add_argument("--ranks", type=int, help="processes on this machine, without torchrun (default: by cores on CPU)")
     p.add_argument("--threads", type=int, help="torch threads per rank")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--no-eval", action="store_true", help="train only")

@@ -22,6 +22,11 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -49,8 +54,7 @@ def environment() -> dict[str, str]:
         "commit": commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cores": f"{os.cpu_count()} ({len(os.sched_getaffinity(0))} usable)"
-        if hasattr(os, "sched_getaffinity") else str(os.cpu_count()),
+        "cores": f"{os.cpu_count()} ({cores()} usable)",
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free",
         "disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free",
         "threads": f"torch {torch.get_num_threads()}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}",

@@ -91,6 +91,7 @@ class Stage:
     train: name pattern (as in fnmatch; `*` crosses dots) -> learning-rate multiplier. The last pattern that
         matches a parameter counts; what none matches, or a 0, is frozen.
     mix: the sources with their weights (`data_mix.mix.SourceSpec`).
+    sharding: "full" cuts weights and optimizer over the ranks; "replicate" keeps them whole on each.
     expect: metric -> value a run of this size should reach.
     """
 
@@ -105,6 +106,7 @@ class Stage:
     optim: Optim = field(default_factory=Optim)
     budget: Budget = field(default_factory=Budget)
     precision: Literal["fp32", "bf16"] = "fp32"
+    sharding: Literal["full", "replicate"] = "full"
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
     expect: dict[str, float] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from mm.common.config import to_dict
 from mm.common.errors import UserError
 from mm.common.files import read_json, write_json
 from mm.common.progress import duration
-from mm.parallelize import gathered, parallelize, shell
+from mm.parallelize import average_gradients, gathered, parallelize, shell
 from stages import objectives
 from stages.engine import optim
 from stages.engine.checkpoint import Checkpoints, as_json
@@ -55,7 +55,7 @@ def train(
     objective = objectives.make(stage.objective)
     selection, empty = optim.select(model, stage.train), shell(model)
     table = optim.table(model, selection, stage.train, stage.optim)
-    model = parallelize(model, device=device, precision=stage.precision).train()
+    model = parallelize(model, device=device, precision=stage.precision, sharding=stage.sharding).train()
     turns = [Turn(phase, model, selection, objective, stage) for phase in objective.phases]
     saver = Checkpoints(folder / "checkpoints", stage, model, {t.phase: t.optimizer for t in turns}, warn=_warn)
 
@@ -132,7 +132,9 @@ class Turn:
         self.model.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
             terms = self.objective.accumulate(self.model, batches, shares, self.phase)
-        return terms, optim.gradients(self.optimizer)
+        grads = optim.gradients(self.optimizer)
+        average_gradients(grads)
+        return terms, grads
 
     def step(self, batches: Sequence[Any], device: torch.device) -> tuple[dict[str, float], float, bool]:
         """Gradients, finite check, clip, update, schedule. Returns mean losses, gradient norm, whether finite."""

@@ -30,8 +30,9 @@ from mm.common.errors import UserError
 from mm.common.files import read_json, write_json
 from mm.common.progress import duration
 from mm.merge import average
+from stages import launch
 from stages.engine import plan as planning
-from stages.environment import device_of, environment
+from stages.environment import cores, device_of, environment
 from stages.keye import s0_vit, s1_align, s2_multitask, s3_anneal, text
 from stages.keye.run import Means, empty, run_stage, texts_of, train_tokenizer
 from stages.pipeline import Node, Pipeline, latest_run
@@ -122,20 +123,34 @@ def _scored(model: Path, world: Path, folder: Path, a: argparse.Namespace) -> No
 # --- the commands ---------------------------------------------------------------------------------------
 
 
-def run(a: argparse.Namespace) -> None:
-    device = str(dist.init(device_of(a.device)))
-    torch.set_num_threads(a.threads or (torch.get_num_threads() if dist.world_size() == 1 else 1))
+def run(a: argparse.Namespace) -> int:
+    device = device_of(a.device)
+    if not launch.launched() and (ranks := a.ranks or ranks_here(a, device)) > 1:
+        return launch.run(ranks, sys.argv[1:], threads=a.threads or 1)
+    device = str(dist.init(device))
+    if a.threads:
+        torch.set_num_threads(a.threads)
     begun, out = time.monotonic(), a.out or Path("runs") / a.what.replace(".", "-")
     means = Means({}, _pairs(a.data), cache=out / "cache", workers=a.workers, device=device, quiet=a.quiet)
     pipeline = keye(a, out, means) if a.what == "keye" else single(a, out, means)
+    main = dist.is_main()
     try:
         pipeline.run(quiet=a.quiet)
     finally:
-        if dist.is_main():
+        if main:
             write_record(pipeline, a)
         dist.shutdown()
-    if dist.is_main():
+    if main:
         finish(pipeline, out, time.monotonic() - begun)
+    return 0
+
+
+def ranks_here(a: argparse.Namespace, device: str) -> int:
+    """On a CPU as many ranks as its cores and the packs of a step allow: two threads of one rank gain little."""
+    if device != "cpu":
+        return 1
+    packs = stage_of(a.what if a.what in STAGES else "keye.s2_multitask", a, []).budget.packs_per_step
+    return max(n for n in range(1, cores() + 1) if packs % n == 0)
 
 
 def single(a: argparse.Namespace, out: Path, means: Means) -> Pipeline:
@@ -175,7 +190,7 @@ def write_record(pipeline: Pipeline, a: argparse.Namespace) -> None:
     status = {"done": "done", "given": "done", "interrupted": "failed"}
     nodes = [{"name": n, "inputs": list(pipeline.nodes[n].inputs), "seconds": pipeline.seconds(n),
               "status": status.get(pipeline.status(n), "waiting"), "note": ""} for n in pipeline.order]  # fmt: skip
-    blank = {"inputs": [], "seconds": None, "status": "done", "note": "given"}
+    blank: dict = {"inputs": [], "seconds": None, "status": "done", "note": "given"}
     given: list[dict] = [{"name": n, **blank} for n in pipeline.given]
     notes = {n: pipeline.folder / n / "skipped.json" for n in pipeline.order}
     skipped = {n: read_json(path) for n, path in notes.items() if path.exists()}

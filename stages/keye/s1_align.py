@@ -12,7 +12,7 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 BUDGETS = {
-    "tiny": Budget(tokens=2048, visual_tokens=1536, packs_per_step=1, steps=120),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=120),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=32, steps=2_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=256, steps=5_000),
 }
@@ -30,4 +30,5 @@ def stage(size: str) -> Stage:
         train={"mlp_AR.*": 1.0},
         mix=[SourceSpec("caption", 0.4), SourceSpec("vqa", 0.4), SourceSpec("video_caption", 0.2)],
         optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
+        sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

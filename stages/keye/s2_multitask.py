@@ -17,7 +17,7 @@ MIX = {
     "video_caption": 0.08, "video_qa": 0.20, "reorder": 0.03, "shop": 0.14, "text": 0.05,
 }  # fmt: skip
 BUDGETS = {
-    "tiny": Budget(tokens=2048, visual_tokens=1536, packs_per_step=1, steps=900),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=900),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }
@@ -36,4 +36,5 @@ def stage(size: str) -> Stage:
         train={"*": 1.0} if size == "tiny" else {"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
         optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
+        sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip
