@@ -13,12 +13,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mm.common.errors import UserError
+
 PACKAGES = ("mmstack", "torch", "numpy", "safetensors", "tokenizers", "pillow", "av", "decord", "scikit-learn",
             "matplotlib", "tensorboard", "transformers", "flash-attn", "wandb", "trackio")  # fmt: skip
 
 
 def device_of(name: str) -> str:
-    """"auto" -> a GPU where there is one."""
+    """"auto" -> a GPU where there is one. Raises UserError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here (mm env shows what it finds); leave --device out")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

@@ -22,9 +22,9 @@ from rich.tree import Tree
 from mm.common import dist
 from mm.common.config import nearest, to_dict
 from mm.common.errors import UserError
-from mm.common.files import read_json, write_json
+from mm.common.files import disk_trouble, read_json, write_json
 from mm.common.progress import duration
-from stages.stage import Stopped
+from stages.stage import FailedElsewhere, Stopped
 
 VERSION = 1  # raise it when what nodes write changes its meaning
 
@@ -167,18 +167,14 @@ class Pipeline:
     def _make(self, node: Node, status: str) -> None:
         folder = self.folder / node.name
         inputs = {i: self.path(i) for i in node.inputs}
-        if dist.is_main():
-            self._prepare(node, folder, status)
-        dist.barrier()
+        self._alone(node.name, lambda: self._prepare(node, folder, status))
         begun = time.time()
         artifact = self._call(node, folder, inputs)
-        if dist.is_main():
-            write_json(folder / "done.json", {
-                "node": node.name, "fingerprint": self.fingerprint(node.name), "artifact": artifact,
-                "seconds": round(time.time() - begun, 3), "ended": time.time(),
-                "inputs": {i: str(p) for i, p in inputs.items()},
-            })  # fmt: skip
-        dist.barrier()
+        self._alone(node.name, lambda: write_json(folder / "done.json", {
+            "node": node.name, "fingerprint": self.fingerprint(node.name), "artifact": artifact,
+            "seconds": round(time.time() - begun, 3), "ended": time.time(),
+            "inputs": {i: str(p) for i, p in inputs.items()},
+        }))  # fmt: skip
 
     def _prepare(self, node: Node, folder: Path, status: str) -> None:
         """Set aside what was made from other inputs or settings; note what the folder now holds the work of."""
@@ -203,26 +199,32 @@ class Pipeline:
     def _call(self, node: Node, folder: Path, inputs: dict[str, Path]) -> str:
         """Run the node where it belongs; the artifact's path below its folder, the same on all ranks."""
         artifact = "."
+
+        def work() -> None:
+            nonlocal artifact
+            made = node.run(folder, inputs)
+            artifact = "." if made is None else str(Path(made).relative_to(folder))
+
+        if node.everywhere:
+            _named(node.name, work)
+        else:
+            self._alone(node.name, work)
+        return artifact
+
+    def _alone(self, name: str, work: Callable[[], None]) -> None:
+        """Work of rank 0. The ranks that wait must not go on where it has failed."""
         trouble: Exception | None = None
-        if node.everywhere or dist.is_main():
+        if dist.is_main():
             try:
-                made = node.run(folder, inputs)
-                artifact = "." if made is None else str(Path(made).relative_to(folder))
-            except Stopped:  # asked to: whoever stopped has said what there is to say
-                raise
-            except UserError as e:
-                trouble = UserError(f"{node.name}: {e}")
-                trouble.__cause__ = e
+                _named(name, work)
             except Exception as e:
-                trouble = NodeFailed(f"{node.name} failed: {type(e).__name__}: {e}")
-                trouble.__cause__ = e
-        if not node.everywhere:  # the ranks that waited must not go on where rank 0 has failed
-            failed = dist.broadcast_object(str(trouble) if trouble else "")
-            if failed and trouble is None:
-                raise NodeFailed(failed)
+                trouble = e
+        code = 2 if isinstance(trouble, UserError) else 1
+        failed = dist.broadcast_object((str(trouble), code) if trouble else None)
         if trouble is not None:
             raise trouble
-        return artifact
+        if failed is not None:
+            raise FailedElsewhere(*failed)
 
     def _say(self, text: str, quiet: bool) -> None:
         if dist.is_main() and not quiet:
@@ -248,16 +250,36 @@ class Pipeline:
         return tree
 
 
+def _named(name: str, work: Callable[[], None]) -> None:
+    """Do `work`; what goes wrong is told with the node's name, and the user's mistakes from ours apart."""
+    try:
+        work()
+    except Stopped:  # asked to: whoever stopped has said what there is to say
+        raise
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from e
+    except Exception as e:
+        trouble = disk_trouble(e)
+        if trouble is not None:
+            raise UserError(f"{name}: {trouble}") from e
+        raise NodeFailed(f"{name} failed: {type(e).__name__}: {e}") from e
+
+
 def given_fingerprint(path: Path) -> str:
-    """Of an artifact that another run made: its own; of a foreign folder: its place, names, sizes and times."""
+    """Of an artifact that another run made: its own; of a foreign folder: its place, names, sizes and times,
+    without what reading it leaves there (hidden files, token counts beside an index)."""
     for folder in (path, path.parent):
         if (folder / "done.json").exists():
             return str(read_json(folder / "done.json")["fingerprint"])
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _derived(p))
     if not files:
         raise UserError(f"{path} is empty or not there")
     facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.blake2b(json.dumps([str(path.resolve()), facts]).encode(), digest_size=8).hexdigest()
+
+
+def _derived(path: Path) -> bool:
+    return path.name.startswith(".") or (path.suffix == ".npy" and ".counts-" in path.name)
 
 
 def last_model(run: Path) -> Path | None:

@@ -20,6 +20,14 @@ class Stopped(Exception):
     """The run was asked to stop; it saved and can go on. Not an error, but what follows must not run."""
 
 
+class FailedElsewhere(Exception):
+    """Rank 0 has failed and says so itself; this rank only ends, with the same exit code."""
+
+    def __init__(self, text: str, code: int):
+        self.code = code
+        super().__init__(text)
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """An objective by its name in `stages/objectives`, and the options its constructor takes."""

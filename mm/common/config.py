@@ -54,7 +54,11 @@ def override(config: Any, settings: list[str]) -> Any:
         key, eq, text = setting.partition("=")
         if not eq:
             raise UserError(f"--set {setting}: write it as key=value, e.g. --set optim.lr=1e-4")
-        config = _set(config, key.strip().split("."), yaml.safe_load(text), setting)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: the value cannot be read as YAML; put it in quotes") from None
+        config = _set(config, key.strip().split("."), value, setting)
     return config
 
 
@@ -92,4 +96,5 @@ def _cast(hint: Any, value: Any, setting: str) -> Any:
             return value
         if kind is typing.Literal and value in typing.get_args(option):
             return value
-    raise UserError(f"--set {setting}: wanted {hint}, got {value!r}")
+    wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise UserError(f"--set {setting}: wanted {wanted}, got {value!r}")

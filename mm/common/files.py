@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,26 +11,42 @@ from typing import Any
 
 from mm.common.errors import UserError
 
+# Full, over quota, longer than allowed, read-only, forbidden: what a person can mend.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def disk_trouble(e: BaseException, where: str | Path = "") -> UserError | None:
+    """The UserError that says how to mend a disk that takes nothing more; None for any other error."""
+    if not isinstance(e, OSError) or e.errno not in _REFUSED:
+        return None
+    if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        fix = "choose another folder, or mend its permissions"
+    else:
+        fix = "free some space or choose another folder"
+    return UserError(f"cannot write {where or e.filename or 'to the disk'}: {e.strerror}; {fix}")
+
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write `data` so that `path` holds either the old content or all of the new one.
 
     Raises:
-        UserError: the disk is full (names the path); the half-written file is removed.
+        UserError: the disk is full or read-only (names the path); the half-written file is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     raw = data.encode() if isinstance(data, str) else data
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(raw)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e.strerror}; free some space or choose another folder") from e
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        trouble = disk_trouble(e, path)
+        raise trouble or UserError(f"cannot write {path}: {e.strerror}; choose another folder") from e
 
 
 def write_json(path: str | Path, value: Any) -> None:

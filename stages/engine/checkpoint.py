@@ -147,7 +147,10 @@ class Checkpoints:
             self._write(temporary, state).result()
         except FAILURES as e:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"frozen weights could not be written to {final}: {_reason(e)}") from e
+            raise UserError(
+                f"frozen weights could not be written to {final} ({_reason(e)}). Free some space and give the same "
+                "command again"
+            ) from e
         if dist.is_main():
             self._complete_frozen(temporary, final)
         dist.barrier()
@@ -262,6 +265,8 @@ def _reason(e: BaseException) -> str:
         wrapped = next(iter(failures.values()))
         e = wrapped[0] if isinstance(wrapped, tuple) else wrapped
     text = str(e).strip().splitlines()
+    if text and "unexpected pos" in text[0]:  # torch's zip writer, after a write that the disk cut short
+        return "no space left on the disk"
     return f"{type(e).__name__}: {text[0] if text else 'no message'}"
 
 

@@ -7,6 +7,7 @@ tower from --siglip.
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -49,12 +50,19 @@ STAGES: dict[str, Callable[[str], Stage]] = {
 ENDS = {"text": "text", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
 ANNEALED = ("s3_anneal_image", "s3_anneal_video")
 SCORED = ("s1", "s2", "s3")  # what can answer questions
+GIVEN = {"world": "world.json", "qwen3": "config.json", "siglip": "config.json"}  # option -> what its folder holds
+
+
+def name_of(what: str, *more: str) -> str:
+    """A stage's full name from what was typed. Raises UserError, naming the nearest of the stages and `more`."""
+    name = what if what in STAGES else f"keye.{what}"
+    if name not in STAGES:
+        raise UserError(f"{what!r} is not a stage{nearest(what, [*more, *STAGES])}")
+    return name
 
 
 def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
     """The stage called `name` at the asked size, seed and scale, with its overrides."""
-    if name not in STAGES:
-        raise UserError(f"{name!r} is not a stage{nearest(name, STAGES)}")
     stage = STAGES[name](a.size)
     steps = max(round(stage.budget.steps * a.scale), 1)
     optim = replace(stage.optim, warmup_steps=min(stage.optim.warmup_steps, steps // 2))
@@ -81,17 +89,22 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     """All nodes up to `a.to`, and the score of the last model."""
     if a.to not in ENDS:
         raise UserError(f"--to {a.to}: not a stage{nearest(a.to, ENDS)}")
-    wrong = [s for s in a.set if s.split(".")[0] not in {n.removeprefix("keye.") for n in STAGES}]
+    tiny = a.size == "tiny"
+    stages = [n for n in STAGES if tiny or n != "keye.text"]
+    begins = tuple(n.removeprefix("keye.") + "." for n in stages)
+    wrong = [s for s in a.set if not s.split("=")[0].startswith(begins)]
     if wrong:
         raise UserError(f"--set {wrong[0]}: in a pipeline begin with the stage, e.g. s2_multitask.optim.lr=1e-4")
-    tiny = a.size == "tiny"
     world_size = "tiny" if a.scale < 2 else "full"
     nodes = [
         Node("world", lambda f, _: _made(f, world_size, a), params={"size": world_size, "seed": a.seed}),
         Node("tokenizer", lambda f, i: train_tokenizer(_texts(i["world"]), f / "model"), ("world",)),
     ]
-    given = {k: p for k in ("world", "qwen3", "siglip") if (p := getattr(a, k)) is not None}
-    stages = [n for n in STAGES if tiny or n != "keye.text"]
+    given = {k: p for k in GIVEN if (p := getattr(a, k)) is not None}
+    missing = [k for k in ("qwen3", "siglip") if not tiny and k not in given]
+    if missing:
+        raise UserError(f"--size {a.size} starts from published weights: give their local Hugging Face folders with "
+                        + " and ".join(f"--{k} FOLDER" for k in missing))  # fmt: skip
     for name in stages:
         short = name.removeprefix("keye.")
         stage = stage_of(name, a, settings_of(short, a.set))
@@ -125,15 +138,13 @@ def _scored(model: Path, world: Path, folder: Path, a: argparse.Namespace) -> No
 
 def run(a: argparse.Namespace) -> int:
     device = device_of(a.device)
+    graph(a, device)  # a mistake is told once, before there are ranks
     if not launch.launched() and (ranks := a.ranks or ranks_here(a, device)) > 1:
         return launch.run(ranks, sys.argv[1:], threads=a.threads or 1)
     device = str(dist.init(device))
     if a.threads:
         torch.set_num_threads(a.threads)
-    begun, out = time.monotonic(), a.out or Path("runs") / a.what.replace(".", "-")
-    means = Means({}, _pairs(a.data), cache=out / "cache", workers=a.workers, device=device, quiet=a.quiet)
-    pipeline = keye(a, out, means) if a.what == "keye" else single(a, out, means)
-    main = dist.is_main()
+    begun, pipeline, main = time.monotonic(), graph(a, device), dist.is_main()
     try:
         pipeline.run(quiet=a.quiet)
     finally:
@@ -141,21 +152,33 @@ def run(a: argparse.Namespace) -> int:
             write_record(pipeline, a)
         dist.shutdown()
     if main:
-        finish(pipeline, out, time.monotonic() - begun)
+        finish(pipeline, pipeline.folder, time.monotonic() - begun)
     return 0
+
+
+def graph(a: argparse.Namespace, device: str) -> Pipeline:
+    """What `mm run` is to make."""
+    check_given(a)
+    out = a.out or Path("runs") / a.what.replace(".", "-")
+    means = Means({}, _pairs(a.data), cache=out / "cache", workers=a.workers, device=device, quiet=a.quiet)
+    return keye(a, out, means) if a.what == "keye" else single(a, out, means)
 
 
 def ranks_here(a: argparse.Namespace, device: str) -> int:
     """On a CPU as many ranks as its cores and the packs of a step allow: two threads of one rank gain little."""
     if device != "cpu":
         return 1
-    packs = stage_of(a.what if a.what in STAGES else "keye.s2_multitask", a, []).budget.packs_per_step
+    if a.what == "keye":
+        stages = [stage_of(n, a, settings_of(n.removeprefix("keye."), a.set)) for n in STAGES]
+    else:
+        stages = [stage_of(name_of(a.what), a, a.set)]
+    packs = math.gcd(*(s.budget.packs_per_step for s in stages))
     return max(n for n in range(1, cores() + 1) if packs % n == 0)
 
 
 def single(a: argparse.Namespace, out: Path, means: Means) -> Pipeline:
     """One stage alone, its inputs given, or from --from, or from the newest run that made them."""
-    stage = stage_of(a.what if "." in a.what else f"keye.{a.what}", a, a.set)
+    stage = stage_of(name_of(a.what, "keye"), a, a.set)
     wanted = [s for s in stage.start if s != "scratch"]
     optional = [] if {str(s.path) for s in stage.mix} <= set(means.data) else ["world"]
     tokenizer = ["tokenizer"] if a.size == "tiny" else []
@@ -165,9 +188,8 @@ def single(a: argparse.Namespace, out: Path, means: Means) -> Pipeline:
 
 def find(name: str, a: argparse.Namespace, out: Path) -> Path:
     """Where an artifact is: an option of its name, the run after --from, or the newest run beside `out`."""
-    option = getattr(a, name, None)
-    if option is not None:
-        return option
+    if name in GIVEN and getattr(a, name) is not None:
+        return getattr(a, name)
     if a.source is None:
         return latest_run(out.parent, name)
     done = a.source / name / "done.json"
@@ -175,7 +197,17 @@ def find(name: str, a: argparse.Namespace, out: Path) -> Path:
         return done.parent / read_json(done)["artifact"]
     if (a.source / "config.json").exists() and name != "world":
         return a.source  # a model folder
-    raise UserError(f"{a.source} has not made {name!r}; give another --from RUN, or --{name} FOLDER")
+    other = f", or --{name} FOLDER" if name in GIVEN else ""
+    raise UserError(f"{a.source} has not made {name!r}; give another --from RUN{other}")
+
+
+def check_given(a: argparse.Namespace) -> None:
+    """Raises UserError for a folder given as --NAME that does not hold what is wanted."""
+    for name, mark in GIVEN.items():
+        folder = getattr(a, name)
+        if folder is not None and not (folder / mark).is_file():
+            what = "a world (mm data make-world makes one)" if name == "world" else "a Hugging Face folder"
+            raise UserError(f"--{name} {folder} is not {what}: it holds no {mark}")
 
 
 def _pairs(settings: list[str]) -> dict[str, Path]:
@@ -210,7 +242,7 @@ def finish(pipeline: Pipeline, out: Path, seconds: float) -> None:
 
 def show(a: argparse.Namespace) -> None:
     if a.what != "keye":
-        pprint(stage_of(a.what if "." in a.what else f"keye.{a.what}", a, a.set), expand_all=True)
+        pprint(stage_of(name_of(a.what, "keye"), a, a.set), expand_all=True)
         return
     a.to, a.no_eval, a.world, a.qwen3, a.siglip, a.quiet, a.device = "s3", False, None, None, None, True, "cpu"
     if a.size != "tiny":
@@ -220,6 +252,6 @@ def show(a: argparse.Namespace) -> None:
 
 
 def plan(a: argparse.Namespace) -> None:
-    stage = stage_of(a.what if "." in a.what else f"keye.{a.what}", a, a.set)
+    stage = stage_of(name_of(a.what), a, a.set)
     figures = planning.plan(stage, empty(stage), a.gpus, device=a.gpu, utilisation=a.utilisation)
     Console().print(planning.table(figures))
