@@ -1,0 +1,94 @@
+"""Every benchmark runs at a micro setting and writes its figures; how good they are is for docs/benchmarks.md."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_mix.world.make import make_world
+from mm.common.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import data_wait
+import decode
+import gpu_step
+import harness
+import optimizer
+import packing
+import train_speed
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks") / "world"
+    make_world(folder, size="micro", workers=1, quiet=True)
+    return folder
+
+
+def figures(benchmark, tmp_path, *options):
+    """What `benchmark` returns, which must be what it wrote."""
+    path = tmp_path / "out" / "figures.json"
+    returned = benchmark.main([*map(str, options), "--threads", "1", "--json", str(path)])
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(returned))
+    assert written["machine"].keys() >= {"date", "cpu", "cores", "threads", "torch", "load_before", "load_after"}
+    return written
+
+
+@pytest.fixture
+def small_vocabulary(monkeypatch):
+    monkeypatch.setattr(harness, "VOCABULARY", 700)  # the tokenizer's training is half of a micro run
+
+
+def test_packs_are_full(world, tmp_path, small_vocabulary):
+    got = figures(packing, tmp_path, "--world", world, "--tokens", 1024, "--packs", 10, "--seeds", 1)
+    assert len(got["cases"]) == 4
+    for case in got["cases"].values():
+        assert case["padded"]["median"] < case["ours"]["median"] <= 1
+        assert case["in_order"]["median"] < case["ours"]["median"]
+
+
+def test_waiting_is_measured_in_real_steps(world, tmp_path, small_vocabulary):
+    got = figures(data_wait, tmp_path, "--world", world, "--stage", "keye.s1_align", "--workers", 0,
+                  "--steps", 1, "--warmup", 1, "--rounds", 1)  # fmt: skip
+    cases = got["cases"]
+    assert cases["warm cache"]["cache_hits"]["median"] == 1
+    assert cases["no cache"]["cache_hits"]["median"] == 0
+    assert all(0 <= c["wait_share"]["median"] <= 1 and c["bad"]["max"] == 0 for c in cases.values())
+    assert cases["held in memory"]["wait_share"]["median"] == 0
+
+
+def test_decoders_return_the_same_frames(world, tmp_path):
+    got = figures(decode, tmp_path, "--videos", world / "clips" / "train", "--clips", 2, "--rounds", 1)
+    assert got["agreement"]["ours"] == got["agreement"]["PyAV"] == 1
+    assert all(min(speeds) > 0 for kind in got["speeds"].values() for speeds in kind.values())
+
+
+def test_peers_train_the_same_model_on_the_same_text(tmp_path):
+    pytest.importorskip("transformers")
+    got = figures(train_speed, tmp_path, "--tokens", 128, "--steps", 1, "--warmup", 1, "--rounds", 1)
+    assert set(got["facts"]["loss_differences"]) == {"padded", "padding-free", "+ our attention"}
+    assert max(got["facts"]["loss_differences"].values()) < 1e-5
+    assert all(min(speeds) > 0 for kind in got["speeds"].values() for speeds in kind.values())
+
+
+@pytest.mark.parametrize("stage", ["keye.text", "keye.s0_vit"])
+def test_optimizers_are_compared(stage, world, tmp_path, small_vocabulary):
+    got = figures(optimizer, tmp_path, "--world", world, "--stage", stage, "--steps", 2, "--seeds", 1,
+                  "--lrs", "1e-3", "--shares", "0.5", "--eval-packs", 1)  # fmt: skip
+    assert got["adamw_lr"] == 1e-3 and len(got["muon"]["0.5"]) == 1 and 0 < got["adamw"][0] < 20
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu():
+    assert gpu_step.parity(torch.device("cpu"))["sdpa"]["out"] < 0.05
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a CUDA GPU"):
+            gpu_step.main([])
+
+
+def test_a_missing_world_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="mm data make-world"):
+        packing.main(["--world", str(tmp_path)])
