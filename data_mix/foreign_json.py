@@ -1,5 +1,6 @@
 """Conversations in the JSON that LLaVA, LLaMA-Factory and ms-swift read, and the OpenAI-like form of parts."""
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_mix.foreign import Items, Media, Record, suffix_for
-from data_mix.sample import media_kind
+from data_mix.sample import media_kind, once
 from mm.common.errors import BadSample, UserError
 
 MARKS = re.compile(r"(<image>|<video>|<audio>)")
@@ -44,7 +45,7 @@ def read_llava(src: str | Path, *, media_root: str | Path | None = None) -> Item
 
 def _rows(file: Path) -> Iterator[Any]:
     try:
-        raw = file.read_bytes()
+        raw = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}") from e
     if file.suffix == ".jsonl" or raw[:1] == b"{":
@@ -53,7 +54,7 @@ def _rows(file: Path) -> Iterator[Any]:
                 yield parse_line(line)
         return
     try:
-        rows = json.loads(raw.decode("utf-8"))
+        rows = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file} is not JSON: {e}; mend it, or give one JSON object per line as .jsonl") from e
     if not isinstance(rows, list):
@@ -64,11 +65,19 @@ def _rows(file: Path) -> Iterator[Any]:
 def parse_line(line: bytes) -> Any:
     """One JSON value, or the BadSample that says why not."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError:
         return BadSample("text is not UTF-8")
     except (ValueError, RecursionError):
         return BadSample("broken JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Any:
+    """An object, or the BadSample that says why not: in a list of rows the others are still good."""
+    try:
+        return once(pairs)
+    except BadSample as e:
+        return e
 
 
 def convert(key: str, row: Any, find: Find) -> Record:
@@ -115,6 +124,8 @@ class _Builder:
         self._known: dict[tuple[str, str], str] = {}
 
     def message(self, turn: Any) -> dict[str, Any]:
+        if isinstance(turn, BadSample):
+            raise turn
         if not isinstance(turn, dict):
             raise BadSample("a message lacks role or content")
         role = ROLES.get(str(turn.get("role", turn.get("from"))))

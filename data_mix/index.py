@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_mix.sample import check, media_kind
+from data_mix.sample import check, media_kind, once
 from data_mix.shards import check_key, complete_facts, index_line, index_path, sha256_of, write_source
 from mm.common.errors import BadSample, UserError
 from mm.common.files import write_atomic
@@ -193,7 +193,7 @@ def _row(f: BinaryIO, key: str, group: list[Member]) -> ForeignRow:
 def parse_json(raw: bytes) -> dict:
     """Strict: UTF-8, an object, no NaN. Raises BadSample."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=once)
     except UnicodeDecodeError as e:
         raise BadSample("text is not UTF-8") from e
     except (ValueError, RecursionError) as e:

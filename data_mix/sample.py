@@ -29,6 +29,14 @@ def suffix_of(part: dict) -> str:
     return part[part["type"]]
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook. Raises BadSample where a key comes twice: json would keep the last, silently."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise BadSample("a JSON key comes twice")
+    return value
+
+
 def check(sample: Any, members: Collection[str]) -> None:
     """Raise BadSample with a short reason unless `sample` can be rendered with these members."""
     if not isinstance(sample, dict):
