@@ -9,7 +9,8 @@ from vision.vit import VisionConfig
 # a full tokenizer of 2048 entries; `bound` takes them from the one at hand.
 TINY = KeyeConfig(
     vision=VisionConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=112
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=112,
+        segments="frame",
     ),
     decoder=DecoderConfig(
         vocab_size=2048, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6,
@@ -32,11 +33,12 @@ SMALL = KeyeConfig(
 # As published: Keye-VL-8B-Preview (SigLIP-so400m-384-14 and Qwen3-8B).
 PUBLISHED = KeyeConfig(
     vision=VisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
+        activation_checkpointing=True,
     ),
     decoder=DecoderConfig(
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, activation_checkpointing=True,
     ),
 )  # fmt: skip
 

@@ -54,7 +54,9 @@ class WorldSize:
 
 
 def _families(n: int) -> dict[str, int]:
-    shares = {"caption": 14, "vit_pairs": 50, "ocr": 12, "grounding": 18, "counting": 12, "vqa": 18, "interleaved": 5}
+    shares = {
+        "caption": 14, "vit_pairs": 120, "ocr": 12, "grounding": 18, "counting": 12, "vqa": 18, "interleaved": 5,
+    }  # fmt: skip
     return {k: max(3, n * v // 100) for k, v in shares.items()}
 
 

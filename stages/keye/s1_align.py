@@ -12,7 +12,7 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=120),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=80),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=32, steps=2_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=256, steps=5_000),
 }
@@ -28,7 +28,7 @@ def stage(size: str) -> Stage:
         name="keye.s1_align", size=size, doc=__doc__, model=SIZES[size],
         start=["text" if size == "tiny" else "qwen3", "s0_vit"],
         train={"mlp_AR.*": 1.0},
-        mix=[SourceSpec("caption", 0.4), SourceSpec("vqa", 0.4), SourceSpec("video_caption", 0.2)],
+        mix=[SourceSpec("vit_pairs", 0.5), SourceSpec("caption", 0.3), SourceSpec("video_caption", 0.2)],
         optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

@@ -13,8 +13,8 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 MIX = {
-    "caption": 0.08, "ocr": 0.10, "grounding": 0.06, "counting": 0.08, "vqa": 0.12, "interleaved": 0.06,
-    "video_caption": 0.08, "video_qa": 0.20, "reorder": 0.03, "shop": 0.14, "text": 0.05,
+    "vit_pairs": 0.34, "caption": 0.06, "ocr": 0.08, "grounding": 0.03, "counting": 0.08, "vqa": 0.10,
+    "interleaved": 0.03, "video_caption": 0.06, "video_qa": 0.14, "reorder": 0.01, "shop": 0.05, "text": 0.02,
 }  # fmt: skip
 BUDGETS = {
     "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=900),

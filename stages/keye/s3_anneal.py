@@ -14,14 +14,15 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 IMAGE = {
-    "caption": 0.1, "ocr": 0.2, "grounding": 0.06, "counting": 0.14, "vqa": 0.18, "interleaved": 0.06, "shop": 0.26,
+    "vit_pairs": 0.2, "caption": 0.08, "ocr": 0.16, "grounding": 0.04, "counting": 0.14, "vqa": 0.14,
+    "interleaved": 0.04, "shop": 0.2,
 }  # fmt: skip
 VIDEO = {"video_caption": 0.3, "video_qa": 0.64, "reorder": 0.06}
 TEXT = {"text_chat": 1.0}
 # Shares of tokens by kind; the first is the published balance tilted to pictures, the second to video.
 MIXTURES = {"image": (0.74, 0.20, 0.06), "video": (0.44, 0.50, 0.06)}
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=250),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=200),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=4_000),
     "8b": Budget(tokens=131_072, visual_tokens=98_304, packs_per_step=32, steps=10_000),
 }
