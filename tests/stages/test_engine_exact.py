@@ -51,14 +51,14 @@ def test_token_loss_does_not_depend_on_the_split(tmp_path, whole_packs, splits):
     compare(gradients(tmp_path, len(splits), "keye", splits), whole_packs)
 
 
-@pytest.mark.parametrize("model", ["keye", "contrastive"])
-def test_ranks_do_not_change_the_run(tmp_path, model):
+@pytest.mark.parametrize(("model", "sharding"), [("keye", "full"), ("contrastive", "full"), ("keye", "replicate")])
+def test_ranks_do_not_change_the_run(tmp_path, model, sharding):
     """Eight steps on 1, 2 and 4 ranks: losses and final weights agree to 1e-5."""
     runs = {}
     for ranks in (1, 2, 4):
         folder = tmp_path / str(ranks)
         # eps of AdamW: gradients of nothing but rounding noise must not become whole steps of either sign
-        launch.run("run", folder, ranks=ranks, model=model, steps=8, every=4)
+        launch.run("run", folder, ranks=ranks, model=model, sharding=sharding, steps=8, every=4)
         runs[ranks] = (launch.losses(folder), launch.weights(folder))
     losses, weights = runs[1]
     assert losses[-1] != losses[0]
