@@ -23,6 +23,7 @@ from mm.prompt import sample_tokens
 from mm.tokenizer import Tokenizer
 
 DRAWS = 512  # draws that are packed together, more where packs hold many
+COPIES = 4  # of one sample in a window, about
 PACKS = 96  # packs that a window should fill at least, so that its ragged end weighs little
 
 
@@ -61,7 +62,7 @@ class PackPlan:
         self._check_something_left(usable)
         means = [float(c.tokens[u].mean()) for c, u in zip(self.counts, usable, strict=True)]
         mix.bind(usable, means)
-        self.draws_per_window = self._draws_per_window()
+        self.draws_per_window = self._draws_per_window(usable)
         self._first, self._at = [0], [0]  # pack number that window self._at[k] begins with
         self._window = lru_cache(maxsize=4)(self._make_window)
         self._lock = threading.RLock()  # the loader's thread plans ahead while a state is taken
@@ -110,11 +111,14 @@ class PackPlan:
         """How many samples are never drawn and why; of one source, or of all."""
         return dict(Counter(b.reason for b in self.refused if not source or b.shard.startswith(source + "/")))
 
-    def _draws_per_window(self) -> int:
-        """So many that about PACKS packs are filled, judged by the first draws."""
-        sizes = np.array([self.size(self.mix.draw(i)) for i in range(DRAWS)])  # [draws, 2]
+    def _draws_per_window(self, usable: list[np.ndarray]) -> int:
+        """So many that about PACKS packs are filled, judged by the first draws; fewer where a source is so small
+        that a window would hold its samples more than COPIES times: of one length, they would share a pack."""
+        draws = [self.mix.draw(i) for i in range(DRAWS)]
+        sizes = np.array([self.size(d) for d in draws])  # [draws, 2]
         share = (sizes / [self.token_budget, self.visual_budget]).mean(0).max()  # of one pack, per draw
-        return int(np.clip(round(PACKS / share), DRAWS, 16 * DRAWS))
+        often = max(n / len(usable[s]) for s, n in Counter(d.source for d in draws).items())  # each, in DRAWS draws
+        return int(min(np.clip(round(PACKS / share), DRAWS, 16 * DRAWS), np.ceil(COPIES * DRAWS / often)))
 
     @property
     def fingerprint(self) -> str:

@@ -140,3 +140,14 @@ def test_packs_mix_lengths_instead_of_sorting_them():
     packs = fit([(n, 0) for n in lengths], (2048, 1))
     spread = np.mean([np.log(lengths[p]).std() for p in packs]) / np.log(lengths).std()
     assert spread > 0.6 and lengths.sum() / (len(packs) * 2048) > 0.985
+
+
+def test_a_handful_of_samples_share_packs_evenly(tmp_path, processor, tokenizer):
+    """16 samples of 16 lengths: a wide window would put dozens of copies of one sample side by side."""
+    folder = planned_source(tmp_path / "few", range(20, 180, 10), images=(0,))
+    plan = PackPlan(Mix([SourceSpec(folder)]), processor, tokenizer, 1500, 100)
+    packs = [plan.pack(i) for i in range(60)]
+    assert max(max(Counter(d.sample for d in p).values()) for p in packs) <= 6
+    drawn = Counter(d.sample for p in packs for d in p)
+    assert len(drawn) == 16 and max(drawn.values()) - min(drawn.values()) <= 8
+    assert plan.efficiency(60)["tokens"] > 0.8
