@@ -66,7 +66,8 @@ def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
     stage = STAGES[name](a.size)
     steps = max(round(stage.budget.steps * a.scale), 1)
     optim = replace(stage.optim, warmup_steps=min(stage.optim.warmup_steps, steps // 2))
-    stage = replace(stage, seed=a.seed, optim=optim, budget=replace(stage.budget, steps=steps))
+    log = replace(stage.log, every_steps=max(steps // 40, 1))
+    stage = replace(stage, seed=a.seed, optim=optim, log=log, budget=replace(stage.budget, steps=steps))
     return override(stage, settings).check()
 
 
