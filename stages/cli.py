@@ -55,7 +55,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mm", description="Train short-video foundation models, stage by stage.",
-                                  epilog="example:  mm run keye --size tiny --to s3 --out runs/first")  # fmt: skip
+                                  epilog="example:  mm run keye --size tiny --to s3 --out runs/first",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_run, _show, _plan, _eval, _chat, _data, _claim, _env):
         add(commands)
@@ -175,7 +176,8 @@ def _data(commands: Any) -> None:
 
     p = commands.add_parser("data", help="make, import, check and look at data",
                             description="Make, import, check and look at data.",
-                            epilog="example:  mm data import folder my_clips sources/mine")  # fmt: skip
+                            epilog="example:  mm data import folder my_clips sources/mine",
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     inner = p.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     data.add(lambda name, help, example, call: _add(inner, name, help, example, call))
 
