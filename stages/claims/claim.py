@@ -54,7 +54,8 @@ class Claim:
     prepare(config, folder, quiet): what all seeds share, kept in `folder`; called before them, cheap when done.
     seed(config, seed, folder, tick): one seed's row, a pure function of config and seed.
     steps(config): how often one seed ticks. columns: what a line of the table measures. table(rows): the lines,
-    floors and ceilings included. notes(rows): what a reader should know besides.
+    floors and ceilings included. notes(rows): what a reader should know besides. plotted: the first so many columns
+    are plotted; lines in `dashed` (floors, ceilings) are dashed there, those in `hidden` would squash the scale.
     """
 
     name: str
@@ -70,6 +71,9 @@ class Claim:
     columns: tuple[str, ...]
     table: Callable[[list[Row]], Lines]
     notes: Callable[[list[Row]], list[str]]
+    plotted: int
+    dashed: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
     quiet: bool = False
 
 

@@ -253,6 +253,6 @@ CLAIM = Claim(
     source="Keye-VL report 1 (arXiv 2507.01949), section 3; 1.5 report, table 7",
     cost="5 seeds: about 6 minutes on two idle cores",
     config=Config(), prepare=get_ready, seed=one_seed, steps=lambda c: 2 * c.anneal_steps, contrasts=CONTRASTS,
-    unit="nats a token; accuracy", columns=("loss", "loss describing", "loss reading", "accuracy"),
-    table=table, notes=notes,
+    unit="loss in nats a token; accuracy", columns=("loss", "loss describing", "loss reading", "accuracy"),
+    table=table, notes=notes, plotted=3, dashed=(), hidden=("chance",),
 )  # fmt: skip

@@ -55,41 +55,59 @@ def _cell(cell: Cell) -> str:
 
 
 def differences(claim: Claim, effects: list[Effect]) -> Table:
-    table = Table("paired difference", "mean", "95 % interval", "is it at or above 0?", title="effect over seeds")
+    table = Table("paired difference", "mean", "95 % interval", "not below 0?", title="effect over seeds")
     for e in effects:
         bounds = "needs 2 seeds" if e.low is None else f"{e.low:+.4f} to {e.high:+.4f}"
-        says = f"[{MARK[e.verdict]}]{e.verdict}[/]" + ("" if e.decides else "  [dim](for information)[/]")
+        says = f"[{MARK[e.verdict]}]{e.verdict}[/]" if e.decides else "[dim]for information[/]"
         table.add_row(f"{e.name}\n[dim]{e.says}[/]", f"{e.mean:+.4f}", bounds, says)
     return table
 
 
 def plot(claim: Claim, effects: list[Effect], cells: Lines, verdict: str, folder: Path) -> None:
-    """Left: each line of the table by column. Right: each effect with its interval and the seeds' own values."""
+    """plot.svg and plot.png. Left: lines of the table; right: effects."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, line in cells.items():
-        there = [(i, *c) for i, c in enumerate(line) if c is not None]
-        at, mean, error = ([cell[k] for cell in there] for k in range(3))
-        left.errorbar(at, mean, yerr=error if any(error) else None, fmt="o-" if any(error) else "--",
-                      capsize=3, label=name, lw=1.5 if any(error) else 1)  # fmt: skip
-    left.set_xticks(range(len(claim.columns)), claim.columns)
-    left.set_ylabel(claim.unit)
-    left.legend(fontsize=8)
-    left.grid(axis="y", alpha=0.3)
-    for i, e in enumerate(reversed(effects)):
-        if e.low is not None and e.high is not None:
-            right.plot([e.low, e.high], [i, i], color="C0" if e.decides else "0.6", lw=3)
-        right.plot(e.values, [i] * len(e.values), "o", color="0.35", ms=3)
-        right.plot([e.mean], [i], "D", color="C0" if e.decides else "0.6")
-    right.set_yticks(range(len(effects)), [e.name for e in reversed(effects)], fontsize=8)
-    right.set_ylim(-0.6, len(effects) - 0.4)
-    right.axvline(0, color="k", lw=0.8)
-    right.set_xlabel("paired difference: mean, 95 % interval, seeds")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    draw_lines(left, claim, cells)
+    draw_effects(right, effects)
     figure.suptitle(f"{claim.name}: {verdict} ({len(effects[0].values)} seeds)")
     for kind in ("svg", "png"):
         figure.savefig(folder / f"plot.{kind}", dpi=120)
     pyplot.close(figure)
+
+
+def draw_lines(axes: Any, claim: Claim, cells: Lines) -> None:
+    """Mean and deviation over seeds per column, lines side by side; floors and ceilings dashed."""
+    shown = {k: v for k, v in cells.items() if k not in claim.hidden}
+    solid = [k for k in shown if k not in claim.dashed]
+    for name, line in shown.items():
+        there = [(i, *c) for i, c in enumerate(line[: claim.plotted]) if c is not None]
+        at, mean, deviation = ([cell[k] for cell in there] for k in range(3))
+        if name in claim.dashed:
+            axes.plot(at, mean, "_--", color="0.3", alpha=0.5 + 0.5 * (name != "ceiling"), lw=0.8, label=name,
+                      dashes=(2 + 3 * claim.dashed.index(name), 3))  # fmt: skip
+        else:
+            aside = 0.08 * (solid.index(name) - (len(solid) - 1) / 2)
+            axes.errorbar([x + aside for x in at], mean, yerr=deviation, fmt="o", capsize=3, ms=5, label=name)
+    axes.set_xticks(range(claim.plotted), claim.columns[: claim.plotted])
+    axes.set_ylabel(claim.unit)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def draw_effects(axes: Any, effects: list[Effect]) -> None:
+    """Each effect with its interval (blue where it decides) and the seeds' own values."""
+    for i, e in enumerate(reversed(effects)):
+        colour = "C0" if e.decides else "0.6"
+        if e.low is not None and e.high is not None:
+            axes.plot([e.low, e.high], [i, i], color=colour, lw=3)
+        axes.plot(e.values, [i - 0.18] * len(e.values), "o", color="0.35", ms=3)
+        axes.plot([e.mean], [i], "D", color=colour)
+    axes.set_yticks(range(len(effects)), [e.name for e in reversed(effects)], fontsize=8)
+    axes.set_ylim(-0.6, len(effects) - 0.4)
+    axes.axvline(0, color="k", lw=0.8)
+    axes.set_xlabel("paired difference: mean, 95 % interval, seeds")
+    axes.grid(axis="x", alpha=0.3)

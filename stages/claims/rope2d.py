@@ -235,5 +235,5 @@ CLAIM = Claim(
     config=Config(), prepare=lambda config, folder, quiet: None, seed=one_seed,
     steps=lambda c: len(ARMS) * c.steps, contrasts=CONTRASTS, unit="accuracy",
     columns=(*GROUPS, "unseen", "shape, seen", "shape, unseen"),
-    table=table, notes=notes,
+    table=table, notes=notes, plotted=len(GROUPS) + 1, dashed=("chance", "shapeless", "ceiling"),
 )  # fmt: skip

@@ -204,7 +204,7 @@ def test_mixtures_share_families_and_sum_to_one():
 
 
 def test_merge_runs_end_to_end_and_its_models_differ(tmp_path):
-    config = merge.Config(samples=6, held_out=2, base_steps=2, anneal_steps=2)
+    config = merge.Config(samples=4, held_out=1, base_steps=1, anneal_steps=1, tokens=512)
     claim = replace(merge.CLAIM, config=config, quiet=True)
     row = run(claim, 1, tmp_path, workers=1)[0]
     assert set(row["loss"]) == set(merge.MODELS) and all(set(v) == set(merge.FAMILIES) for v in row["loss"].values())
