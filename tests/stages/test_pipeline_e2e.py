@@ -48,7 +48,8 @@ def mm(*arguments, interrupt_at=None, seconds=120):
 def test_interrupted_called_again_and_up_to_date(world, tmp_path):
     run = tmp_path / "run"
     command = ["run", "keye", "--scale", "0.001", "--to", "s3", "--world", world, "--out", run, "--ranks", 1,
-               "--workers", 0, "--threads", 1, "--set=s2_multitask.budget.steps=5", *SMALL]  # fmt: skip
+               "--workers", 0, "--threads", 1, "--set=s2_multitask.budget.steps=5",
+               "--set=s2_multitask.log.every_steps=1", *SMALL]  # fmt: skip
     code, said = mm(*command, interrupt_at="step 2/5")
     assert code == 130 and "stopped at step 3 of 5, saved; the same command goes on" in said, said
     assert "Traceback" not in said and not (run / "s2_multitask/model").exists()
