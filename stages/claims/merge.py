@@ -251,7 +251,7 @@ CLAIM = Claim(
     name="keye.merge",
     says="the average of models annealed on different mixtures is at least as good as the best of them",
     source="Keye-VL report 1 (arXiv 2507.01949), section 3; 1.5 report, table 7",
-    cost="5 seeds: about 6 minutes on two idle cores",
+    cost="5 seeds: about 7 minutes on two idle cores",
     config=Config(), prepare=get_ready, seed=one_seed, steps=lambda c: 2 * c.anneal_steps, contrasts=CONTRASTS,
     unit="loss in nats a token; accuracy", columns=("loss", "loss describing", "loss reading", "accuracy"),
     table=table, notes=notes, plotted=3, dashed=(), hidden=("chance",),

@@ -89,6 +89,8 @@ def _side_by_side(claim: Claim, todo: list[int], folder: Path, progress: Progres
             progress.update(steps.value - progress.done)
     except BaseException:
         stop.set()
+        if not claim.quiet:
+            print(f"{claim.name}: ending the seeds at work; finished ones are kept", flush=True)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
