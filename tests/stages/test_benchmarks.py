@@ -53,7 +53,7 @@ def test_packs_are_full(world, tmp_path, small_vocabulary):
 
 def test_waiting_is_measured_in_real_steps(world, tmp_path, small_vocabulary):
     got = figures(data_wait, tmp_path, "--world", world, "--stage", "keye.s1_align", "--workers", 0,
-                  "--steps", 1, "--warmup", 1, "--rounds", 1)  # fmt: skip
+                  "--steps", 1, "--warmup", 0, "--rounds", 1)  # fmt: skip
     cases = got["cases"]
     assert cases["warm cache"]["cache_hits"]["median"] == 1
     assert cases["no cache"]["cache_hits"]["median"] == 0
