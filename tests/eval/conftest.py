@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_answerers import Guesser
 
 from data_mix.world.make import make_world
 from eval import world
@@ -18,6 +17,7 @@ from mm.common.files import write_json
 from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
+from tests.eval.eval_answerers import Guesser
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from eval_answerers import ColourReader, picture
 
 from eval import kc_mmbench
 from eval.judge import Judge, yes_or_no
 from eval.runner import Options, run
 from mm.common.errors import UserError
+from tests.eval.eval_answerers import ColourReader, picture
 
 ROWS = {
     "CPV": [("1", "Attributes as JSON?", '{"颜色": "红色", "size": "M"}', "a.png")],

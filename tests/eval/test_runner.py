@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from eval_answerers import ColourReader, colour_task, lines
 
 from eval import responses
 from eval.runner import Options, make_jobs, run
 from eval.scores import FLOORS, rescore
 from mm.common.errors import UserError
+from tests.eval.eval_answerers import ColourReader, colour_task, lines
 
 INFO = {"benchmark": "test", "checkpoint_fingerprint": "a", "data_fingerprint": "b"}
 ENV = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
@@ -75,7 +75,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from eval.runner import Options, run
-from eval_answerers import ColourReader, colour_task
+from tests.eval.eval_answerers import ColourReader, colour_task
 class Slow(ColourReader):
     def answer(self, examples, cap):
         time.sleep(0.05)
@@ -129,7 +129,7 @@ import sys, json
 from pathlib import Path
 from eval.runner import Options, run
 from mm.common import dist
-from eval_answerers import ColourReader, colour_task
+from tests.eval.eval_answerers import ColourReader, colour_task
 root = Path(sys.argv[1])
 dist.init("cpu")
 task = colour_task(root / f"data{dist.rank()}")

@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import engine_toy as toy
 import torch
 
 from data_mix.loader import Loader as RealLoader
@@ -25,6 +24,7 @@ from mm.tokenizer import Tokenizer
 from stages import objectives
 from stages.engine.train import Stopped, Turn, train
 from stages.stage import Budget, Checkpoints, ObjectiveSpec, Optim
+from tests.stages import engine_toy as toy
 
 
 def run(folder: str, settings: str = "{}") -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from mm.common import dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["engine_jobs", "torch._dynamo", "rich.console"])
+CONTEXT.set_forkserver_preload(["tests.stages.engine_jobs", "torch._dynamo", "rich.console"])
 
 
 def free_port() -> int:
@@ -25,8 +25,9 @@ def free_port() -> int:
 
 
 def child(job: str, folder: str, settings: str, env: dict[str, str], output: str) -> None:
-    import engine_jobs
     import torch
+
+    from tests.stages import engine_jobs
 
     torch.set_num_threads(1)
     os.environ.update(env)

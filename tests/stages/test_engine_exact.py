@@ -1,8 +1,9 @@
 """However a step is split over ranks and micro-batches, the loss, the gradients and the weights are the same."""
 
-import engine_launch as launch
 import pytest
 import torch
+
+from tests.stages import engine_launch as launch
 
 
 def gradients(folder, ranks, model, splits, **settings):

@@ -1,6 +1,5 @@
 """Pattern groups, schedules and the table of what trains."""
 
-import engine_toy as toy
 import pytest
 import torch
 from rich.console import Console
@@ -8,6 +7,7 @@ from rich.console import Console
 from mm.common.errors import UserError
 from stages.engine import optim
 from stages.stage import Optim
+from tests.stages import engine_toy as toy
 
 
 def lr_of(optimizer, model, name):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import engine_toy as toy
 import pytest
 import torch
 from rich.console import Console
@@ -15,6 +14,7 @@ from mm.sizes import SIZES
 from stages.engine import flops, optim
 from stages.engine.plan import activations, optimizer_bytes, plan, shard_numel, table
 from stages.stage import Budget, ObjectiveSpec, Optim
+from tests.stages import engine_toy as toy
 
 DECODER = dataclasses.replace(
     toy.KEYE.decoder, hidden_size=64, intermediate_size=160, head_dim=16, mrope_section=(4, 2, 2)

@@ -8,8 +8,6 @@ import shutil
 import signal
 import time
 
-import engine_launch as launch
-import engine_toy as toy
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +16,8 @@ from data_mix.shards import ShardWriter
 from mm.common.files import read_jsonl
 from mm.tokenizer import Tokenizer
 from stages.engine.log import lineage
+from tests.stages import engine_launch as launch
+from tests.stages import engine_toy as toy
 
 
 def same(a, b):

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_launch import free_port
-from test_engine_resume import check_draws
 
 from mm.common.files import read_jsonl
+from tests.stages.engine_launch import free_port
+from tests.stages.test_engine_resume import check_draws
 
 HERE = Path(__file__).resolve().parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}

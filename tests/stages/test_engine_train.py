@@ -4,7 +4,6 @@ import json
 import sys
 import types
 
-import engine_toy as toy
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from stages.engine.train import Turn, dry_step, train
 from stages.objectives.next_token import NextToken
 from stages.objectives.objective import Objective
 from stages.stage import Budget, Checkpoints, Log, ObjectiveSpec, Optim
+from tests.stages import engine_toy as toy
 
 
 class Hurt(NextToken):
