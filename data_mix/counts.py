@@ -7,10 +7,8 @@ import contextlib
 import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +36,6 @@ class Counts:
     reasons: dict[int, str]
 
 
-@lru_cache(maxsize=8)
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """12 hex digits over the tokenizer as it would be saved."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()[:12]
-
-
 def sample_counter(
     processor: Processor, tokenizer: Tokenizer, kind: str, max_text: int
 ) -> Callable[[dict[str, Any]], tuple[int, int]]:
@@ -67,7 +57,7 @@ def count_source(
 ) -> Counts:  # fmt: skip
     """Counts of every sample, from the cache where it is there; the cache is written where it can be."""
     count = sample_counter(processor, tokenizer, kind, max_text)
-    facts = [CODE_VERSION, processor.hash, tokenizer_hash(tokenizer), kind, max_text if kind == "pairs" else 0]
+    facts = [CODE_VERSION, processor.hash, tokenizer.hash, kind, max_text if kind == "pairs" else 0]
     parts, reasons, start = [], {}, 0  # type: ignore[var-annotated]
     with Progress(len(source), f"counting tokens of {source.name}", quiet=quiet) as progress:
         for shard in source.shards:

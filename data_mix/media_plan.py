@@ -35,9 +35,10 @@ def part_grid(part: dict[str, Any], sample: dict[str, Any], processor: Processor
 
 
 def caption_of(sample: dict[str, Any]) -> str:
-    """The text that goes with the first picture or clip: the first assistant turn. Raises BadSample."""
+    """The text that goes with the first picture or clip: the first assistant turn, or a document's text.
+    Raises BadSample."""
     for message in sample["messages"]:
-        if message["role"] == "assistant":
+        if message["role"] in ("assistant", "text"):
             content = message["content"]
             if not isinstance(content, str):
                 content = "".join(p["text"] for p in content if p["type"] == "text")

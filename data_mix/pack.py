@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_mix.counts import Counts, count_source, tokenizer_hash
+from data_mix.counts import Counts, count_source
 from data_mix.mix import Draw, Mix
 from mm.common.errors import BadSample, UserError
 from mm.common.seeds import rng
@@ -125,7 +125,7 @@ class PackPlan:
         """Covers sources, weights, unit, seeds, budgets, processor, tokenizer: all that decides pack(i)."""
         text = json.dumps([
             "plan-1", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.token_budget,
-            self.visual_budget, self.draws_per_window, self.processor.hash, tokenizer_hash(self.tokenizer),
+            self.visual_budget, self.draws_per_window, self.processor.hash, self.tokenizer.hash,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

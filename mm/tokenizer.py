@@ -1,8 +1,10 @@
 """Byte-level BPE over the `tokenizers` library, in which text can never turn into a control token by itself."""
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +156,22 @@ class Tokenizer:
         bpe.train_from_iterator(texts, trainer)
         return cls(bpe)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json`, which `transformers` and `tokenizers` can read too."""
-        data = json.loads(self._bpe.to_str())
-        data["added_tokens"] = [
+    def _as_json(self) -> dict[str, Any]:
+        added = [
             {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": name in CONTROL}
             for i, name in sorted(self._names.items())
         ]  # fmt: skip
-        write_json(Path(folder) / "tokenizer.json", data)
+        return {**json.loads(self._bpe.to_str()), "added_tokens": added}
+
+    @cached_property
+    def hash(self) -> str:
+        """12 hex digits over all that it does."""
+        return hashlib.sha256(json.dumps(self._as_json(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json`, which `transformers` and `tokenizers` can read too."""
+        write_json(Path(folder) / "tokenizer.json", self._as_json())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":

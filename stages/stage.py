@@ -43,6 +43,7 @@ class Optim:
     name: "adamw", or "muon": Muon on the matrices inside the model, AdamW on the rest. From random weights
     at tiny, Muon ends lower at equal steps and reaches AdamW's loss in half of them on text, in more on the tower
     (docs/benchmarks.md); the published weights were made with AdamW-like rules.
+    betas and eps are AdamW's, momentum is Muon's.
     min_lr_ratio: the schedule ends at lr * min_lr_ratio. decay_share: the last share of the steps in which
     "wsd" falls. bad_steps: so many non-finite steps in a row are skipped; one more stops the run.
     """
@@ -51,6 +52,7 @@ class Optim:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

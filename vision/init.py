@@ -17,12 +17,12 @@ def stream(seed: int, name: str) -> torch.Generator:
 
 def siglip(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """Start of a tower parameter, fp32 on the CPU, as SigLIP: xavier for attention and MLP, LeCun (truncated
-    normal) for other matrices, N(0, 1 / sqrt(width)) for tables, norms 1, biases 0, temperature 10, bias -10."""
+    normal) for other matrices, N(0, 1 / sqrt(width)) for tables, norms 1, biases 0, temperature 10."""
     value, g = torch.empty(shape), stream(seed, name)
     part, _, kind = name.rpartition(".")
     part = part.rpartition(".")[2]
-    if name in ("logit_scale", "logit_bias"):
-        return value.fill_(math.log(10.0) if name == "logit_scale" else -10.0)
+    if name == "logit_scale":
+        return value.fill_(math.log(10.0))
     if kind.endswith("bias"):
         return value.normal_(0.0, 1e-6, generator=g) if part in ("fc1", "fc2") else value.zero_()
     if "norm" in part:

@@ -20,7 +20,10 @@ from vision.vit import MLP, Encoder, VisionConfig, VisionTower, normalise
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Numbers of a text tower; `projection_size` must equal the vision tower's hidden size."""
+    """Numbers of a text tower; `projection_size` must equal the vision tower's hidden size.
+
+    initial_bias: where the loss's bias starts, -log of the pairs of a step (SigLIP: -10 for 32,768).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -29,6 +32,7 @@ class TextConfig:
     num_attention_heads: int
     projection_size: int
     max_positions: int = 64
+    initial_bias: float = -10.0
     layer_norm_eps: float = 1e-6
     attention: str = "auto"
     activation_checkpointing: bool = False
@@ -145,7 +149,10 @@ class ContrastiveModel(nn.Module):
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
         for name, p in self.named_parameters():
-            yield name, siglip(name, p.shape, seed)
+            if name == "logit_bias":
+                yield name, torch.full(p.shape, self.text_model.config.initial_bias)
+            else:
+                yield name, siglip(name, p.shape, seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -50,12 +50,12 @@ class WorldSize:
     kc_rows: int
     kc_probe: int
     reorder: int = 300
-    shares: dict[str, float] = field(default_factory=lambda: {"video_caption": 0.2, "second": 0.45})
+    shares: dict[str, float] = field(default_factory=lambda: {"video_caption": 0.35, "second": 0.45})
 
 
 def _families(n: int) -> dict[str, int]:
     shares = {
-        "caption": 14, "vit_pairs": 120, "ocr": 12, "grounding": 18, "counting": 12, "vqa": 18, "interleaved": 5,
+        "caption": 44, "vit_pairs": 110, "ocr": 16, "grounding": 12, "counting": 14, "vqa": 18, "interleaved": 5,
     }  # fmt: skip
     return {k: max(3, n * v // 100) for k, v in shares.items()}
 

@@ -14,7 +14,9 @@ from mm.common.seeds import rng
 
 Pair = tuple[str, str]
 Sample = dict[str, Any]
-CLOSE_SIZES = ((84, 84), (84, 112), (112, 84), (112, 56), (56, 112))  # whole patches: the processor keeps them
+# Whole patches, which the processor keeps.
+CLOSE_SIZES = ((84, 84), (84, 112), (112, 84), (112, 112), (84, 140), (140, 84))
+SIGN_SIZES = ((112, 112), (140, 112), (112, 140))
 SMALL_SIZES = ((120, 152), (136, 136), (152, 120))  # where several pictures share one conversation
 
 
@@ -38,8 +40,12 @@ def picture(random: np.random.Generator, things: list, **kw: Any) -> tuple[bytes
 
 
 def conversation(parts: list[dict], turns: list[Turn], family: str, meta: dict) -> Sample:
-    """First turn: the media, then its question; later turns are text alone."""
+    """First turn: the media, then its question; later turns are text alone. Where nothing is asked, a document:
+    the media, then their text, without a frame around them."""
     messages: list[dict] = []
+    if not turns[0]["q"]:
+        messages = [{"role": "text", "content": [*parts, {"type": "text", "text": turns[0]["a"]}]}]
+        return {"messages": messages, "family": family, "meta": {**meta, "types": [turns[0]["type"]]}}
     for i, turn in enumerate(turns):
         content: Any = [*parts, {"type": "text", "text": turn["q"]}] if i == 0 else turn["q"]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn["a"]}]
@@ -96,7 +102,10 @@ def sign_box(s: dict, truth: dict, lang: str) -> Turn:
 
 
 def _caption(random, lang: str) -> tuple[list[dict], list[bytes], list[Turn]]:
+    """A dense caption; one in four as a conversation that begins with the plain one."""
     jpg, truth = picture(random, distinct_pairs(random, int(random.integers(1, 5))), signs=_maybe_sign(random, 0.4))
+    if random.random() < 0.75:
+        return [truth], [jpg], [{"type": "dense", "q": "", "a": text.dense_caption(truth, lang, random)}]
     request = text.REQUESTS["image", lang][0 if random.random() < 0.5 else int(random.integers(1, 3))]
     first = {"type": "caption", "q": request, "a": text.caption(truth, lang)}
     return [truth], [jpg], [first, *text.still_questions(truth, lang, random, first["a"])[:3]]
@@ -107,11 +116,14 @@ def _maybe_sign(random: np.random.Generator, share: float) -> list[str]:
 
 
 def _vit_pairs(random, lang: str):
-    """Four in five are close-ups of one thing, or of a sign and a thing: many a pack, of many aspect ratios."""
-    if random.random() < 0.8:
+    """Mostly close-ups of one thing, some of a sign, some whole pictures: many a pack, of many aspect ratios."""
+    kind = random.random()
+    if kind < 0.6:
         size = CLOSE_SIZES[int(random.integers(len(CLOSE_SIZES)))]
-        things, signs = distinct_pairs(random, 1), _maybe_sign(random, 0.3)
-        jpg, truth = picture(random, things, signs=signs, size=size, scale=1.0 if signs else 1.25)
+        jpg, truth = picture(random, distinct_pairs(random, 1), size=size, scale=1.25)
+    elif kind < 0.8:
+        size = SIGN_SIZES[int(random.integers(len(SIGN_SIZES)))]
+        jpg, truth = picture(random, distinct_pairs(random, 1), signs=[draw_sign_text(random)], size=size)
     else:
         things = distinct_pairs(random, int(random.integers(1, 4)))
         jpg, truth = picture(random, things, signs=_maybe_sign(random, 0.35))
@@ -293,7 +305,5 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
     lang = "zh" if random.random() < 0.2 else "en"
     truths, jpgs, turns = FAMILIES[family](random, lang)
     sample = conversation(numbered(len(jpgs), lang), turns, family, {"lang": lang, "truths": truths})
-    if family == "vit_pairs":
-        sample["messages"][0]["content"].pop()  # a picture and its text, no question
     sample["media"] = media_facts(truths)
     return {"key": name, "sample": sample, "media": {f"{i}.jpg": j for i, j in enumerate(jpgs)}, "truths": truths}

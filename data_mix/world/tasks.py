@@ -75,8 +75,12 @@ def caption_turn(truth: dict, lang: str, random: np.random.Generator) -> text.Tu
 
 
 def video_caption(truth: dict, random: np.random.Generator) -> dict:
+    """Half asked for in plain words, half a dense caption."""
     lang = language(random)
-    return stills.conversation(_video(), [caption_turn(truth, lang, random)], "video_caption", {"lang": lang})
+    turn = caption_turn(truth, lang, random)
+    if random.random() < 0.5:
+        turn = {"type": "dense", "q": "", "a": text.dense_caption(truth, lang, random)}
+    return stills.conversation(_video(), [turn], "video_caption", {"lang": lang})
 
 
 def video_qa(truth: dict, random: np.random.Generator) -> dict:

@@ -81,6 +81,42 @@ def _still_caption(truth: dict, lang: str) -> str:
     return join([f"a {n}" for n in names], lang) + "."
 
 
+def dense_caption(truth: dict, lang: str, random: np.random.Generator) -> str:
+    """How many there are, then each thing in random order, found by its colour or its shape, with all the rest.
+
+    '2 things. the red thing: large glass ring, slides left, first. the cube: small blue wood, still.' Nothing is
+    said twice, so every word has to be looked up in the picture.
+    """
+    said = [_described(truth, i, lang, random) for i in random.permutation(len(truth["things"]))]
+    return _counts(truth, lang) + ("" if lang == "zh" else " ").join(said) + _signs(truth, lang)
+
+
+def _counts(truth: dict, lang: str) -> str:
+    at = ((0, "start", "开头"), (-1, "end", "最后")) if truth["events"] else ((0, "", ""),)
+    said = ""
+    for sample, en, zh in at:
+        n = (count(truth, lang, sample) or {}).get("a")
+        if n:
+            said += f"{zh}{n}个东西。" if lang == "zh" else f"{n} things{' at the ' + en if en else ''}. "
+    return said
+
+
+def _described(truth: dict, i: int, lang: str, random: np.random.Generator) -> str:
+    zh, t = lang == "zh", truth["things"][i]
+    keys = [k for k in ("colour", "shape") if t in unique(truth, k)]
+    key = keys[int(random.integers(len(keys)))] if keys else ""
+    named = {"": "一个东西" if zh else "a thing", "colour": say(t["colour"], lang) + ("的东西" if zh else " thing"),
+             "shape": say(t["shape"], lang)}[key]  # fmt: skip
+    rest = [say(t[k], lang) for k in ("size", "colour", "material", "shape") if k != key]
+    words = [("" if zh else " ").join(rest)]
+    if truth["events"]:
+        acts = [n for n, e in enumerate(truth["events"]) if e["thing"] == i]
+        words.append(say(truth["events"][acts[0]]["motion"], lang) if acts else ("不动" if zh else "still"))
+        if acts and len(truth["events"]) > 1:
+            words.append((("先", "后") if zh else ("first", "later"))[acts[0]])
+    return f"{named}：{'，'.join(words)}。" if zh else f"{'' if not key else 'the '}{named}: {', '.join(words)}."
+
+
 def counted(truth: dict, sample: int) -> list[int] | None:
     """The parts seen of each thing at sampled frame number `sample`; None where something is half hidden."""
     parts = []

@@ -78,7 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
         mine = [g for g in self.param_groups if g["muon"]]
         rest = [g for g in self.param_groups if not g["muon"]]
         if mine:
-            self.parts.append(torch.optim.Muon(mine, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(torch.optim.Muon(mine, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"))
         if rest:
             betas = (config.betas[0], config.betas[1])
             self.parts.append(torch.optim.AdamW(rest, betas=betas, eps=config.eps, fused=True))

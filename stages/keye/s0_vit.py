@@ -23,14 +23,14 @@ class Towers:
     text: TextConfig
 
 
-def text_tower(vocab: int, hidden: int, mlp: int, layers: int, heads: int) -> TextConfig:
+def text_tower(vocab: int, hidden: int, mlp: int, layers: int, heads: int, bias: float = -10.0) -> TextConfig:
     return TextConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-                      num_attention_heads=heads, projection_size=hidden)  # fmt: skip
+                      num_attention_heads=heads, projection_size=hidden, initial_bias=bias)  # fmt: skip
 
 
 # SigLIP's own numbers at small (base) and 8b (so400m); its tokenizer has 32,000 entries.
 TEXTS = {
-    "tiny": text_tower(2048, 128, 256, 2, 4),
+    "tiny": text_tower(2048, 128, 256, 2, 4, bias=-4.4),  # about 80 pairs a step
     "small": text_tower(32_000, 768, 3072, 12, 12),
     "8b": text_tower(32_000, 1152, 4304, 27, 16),
 }
@@ -42,10 +42,11 @@ BUDGETS = {
     "8b": Budget(tokens=16384, visual_tokens=16384, packs_per_step=128, steps=60_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=3e-3, weight_decay=0.05, schedule="cosine", warmup_steps=20, min_lr_ratio=0.05),
+    "tiny": Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
+                  min_lr_ratio=0.05),
     "small": Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
     "8b": Optim(lr=2e-5, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
-}
+}  # fmt: skip
 
 
 def stage(size: str) -> Stage:

@@ -3,7 +3,7 @@
 Every image is set against every text of the step, also those on other ranks and in other micro-batches.
 So that memory stays that of one micro-batch, the embeddings are made twice (gradient caching, Gao et al.
 2021, arXiv 2101.06983): once without gradients to get the loss and its gradient at each embedding, once with,
-to carry that gradient into the weights. One micro-batch on one rank needs one pass only.
+to carry that gradient into the weights. A single micro-batch on each rank needs one pass only.
 """
 
 from collections.abc import Sequence
@@ -87,16 +87,20 @@ def _scale_and_bias(model: Any) -> Pair:
 
 
 def _cached(model: Any, batches: list[PairBatch], real: int, weight: float) -> tuple[torch.Tensor, float]:
-    """Two passes over the micro-batches, of which the first `real` count. Returns this rank's (sum, count)."""
-    with torch.no_grad():
+    """Two passes over the micro-batches, of which the first `real` count. Returns this rank's (sum, count).
+
+    A single micro-batch keeps the graph of its first pass and needs no second.
+    """
+    single = len(batches) == 1
+    with torch.set_grad_enabled(single):
         pairs = [_embed(model, b) for b in batches]
-        empty = [tuple(x[:0] for x in pairs[0])] if real == 0 else []
-        image, text = (torch.cat(x).float() for x in zip(*(empty or pairs[:real]), strict=True))
-        scale, bias = (p.detach().clone() for p in _scale_and_bias(model))
+    empty = [tuple(x[:0] for x in pairs[0])] if real == 0 else []
+    image, text = (torch.cat(x).detach().float() for x in zip(*(empty or pairs[:real]), strict=True))
+    scale, bias = (p.detach().clone() for p in _scale_and_bias(model))
     loss, d_image, d_text, d_scale, d_bias = _gradients(image, text, scale, bias)
     start = 0
     for i, batch in enumerate(batches):
-        x, y = _embed(model, batch)
+        x, y = pairs[0] if single else _embed(model, batch)
         n = len(x) if i < real else 0
         part = (x.float()[:n] * d_image[start : start + n]).sum()
         part = part + (y.float()[:n] * d_text[start : start + n]).sum() + 0.0 * (x.sum() + y.sum()).float()
