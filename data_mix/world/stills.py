@@ -118,16 +118,25 @@ def _maybe_sign(random: np.random.Generator, share: float) -> list[str]:
 def _vit_pairs(random, lang: str):
     """Mostly close-ups of one thing, some of a sign, some whole pictures: many a pack, of many aspect ratios."""
     kind = random.random()
-    if kind < 0.6:
+    if kind < 0.65:
         size = CLOSE_SIZES[int(random.integers(len(CLOSE_SIZES)))]
-        jpg, truth = picture(random, distinct_pairs(random, 1), size=size, scale=1.25)
-    elif kind < 0.8:
+        jpg, truth = picture(random, distinct_pairs(random, 1), size=size, scale=random.uniform(1.1, 2.0))
+        said = _close_up(truth["things"][0], lang)
+    elif kind < 0.83:
         size = SIGN_SIZES[int(random.integers(len(SIGN_SIZES)))]
         jpg, truth = picture(random, distinct_pairs(random, 1), signs=[draw_sign_text(random)], size=size)
+        said = text.caption(truth, lang)
     else:
         things = distinct_pairs(random, int(random.integers(1, 4)))
         jpg, truth = picture(random, things, signs=_maybe_sign(random, 0.35))
-    return [truth], [jpg], [{"type": "pair", "q": "", "a": text.caption(truth, lang)}]
+        said = text.caption(truth, lang)
+    return [truth], [jpg], [{"type": "pair", "q": "", "a": said}]
+
+
+def _close_up(thing: dict, lang: str) -> str:
+    """How large it is cannot be told from so near."""
+    colour, material, shape = (say(thing[k], lang) for k in ("colour", "material", "shape"))
+    return f"一个{colour}{material}{shape}。" if lang == "zh" else f"a {colour} {material} {shape}."
 
 
 def _ocr(random, lang: str):
@@ -302,7 +311,7 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
     """One training sample: {"key", "sample", "media": {suffix: jpg}, "truths"}."""
     name = f"{family}-{index:06d}"
     random = rng(seed, "still", name)
-    lang = "zh" if random.random() < 0.2 else "en"
+    lang = "zh" if random.random() < 0.15 else "en"
     truths, jpgs, turns = FAMILIES[family](random, lang)
     sample = conversation(numbered(len(jpgs), lang), turns, family, {"lang": lang, "truths": truths})
     sample["media"] = media_facts(truths)

@@ -60,7 +60,7 @@ def clip_specs(seed: int, split: str, n: int, second: Sequence[bool]) -> list[tu
 
 
 def language(random: np.random.Generator) -> str:
-    return "zh" if random.random() < 0.2 else "en"
+    return "zh" if random.random() < 0.15 else "en"
 
 
 def _video(frames: list[int] | None = None) -> list[dict]:

@@ -54,7 +54,7 @@ def stage(size: str) -> Stage:
         name="keye.s0_vit", size=size, doc=__doc__,
         model=Towers(SIZES[size].vision, TEXTS[size]),
         start=["scratch"] if size == "tiny" else ["siglip"],
-        train={"*": 1.0},
+        train={"*": 1.0, "text_model.*": 0.4} if size == "tiny" else {"*": 1.0},
         mix=[SourceSpec("vit_pairs", 1.0, "samples")],
         objective=ObjectiveSpec("contrastive"),
         optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",

@@ -13,8 +13,8 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 MIX = {
-    "vit_pairs": 0.18, "caption": 0.20, "ocr": 0.10, "grounding": 0.01, "counting": 0.08, "vqa": 0.08,
-    "interleaved": 0.02, "video_caption": 0.13, "video_qa": 0.13, "reorder": 0.01, "shop": 0.04, "text_chat": 0.02,
+    "vit_pairs": 0.18, "caption": 0.17, "ocr": 0.09, "grounding": 0.01, "counting": 0.08, "vqa": 0.08,
+    "interleaved": 0.02, "video_caption": 0.13, "video_qa": 0.13, "reorder": 0.01, "shop": 0.08, "text_chat": 0.02,
 }  # fmt: skip
 BUDGETS = {
     "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=900),
@@ -22,7 +22,7 @@ BUDGETS = {
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=6e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
+    "tiny": Optim(name="muon", lr=2e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                   decay_share=0.2, min_lr_ratio=0.3),
     "small": Optim(lr=1e-4, warmup_steps=500, schedule="wsd", min_lr_ratio=0.3),
     "8b": Optim(lr=4e-5, warmup_steps=1000, schedule="wsd", min_lr_ratio=0.3),

@@ -124,7 +124,10 @@ def test_the_published_config(shared_data):
     """Keye-VL-8B-Preview's own config.json is the size 8b; ours has the same numbers under the same names."""
     data = json.loads((shared_data / "oracles/official/keye_vl_8b_preview/config.json").read_text())
     config = config_from_hf(data)
-    assert config == SIZES["8b"]
+    published = SIZES["8b"]  # how it is computed (checkpointing, attention) is the stage's, not the checkpoint's
+    plain = {part: dataclasses.replace(getattr(published, part), activation_checkpointing=False)
+             for part in ("vision", "decoder")}  # fmt: skip
+    assert config == dataclasses.replace(published, **plain)
     ours = config_to_hf(config)
     shared = ours.keys() & data.keys() - {"vision_config", "rope_scaling"}
     assert {k: ours[k] for k in shared} == {k: data[k] for k in shared}

@@ -131,7 +131,7 @@ def test_the_published_size_prints_its_published_counts():
     # 6 FLOPs per parameter and token, the rest is attention and the tower's four patches per visual token
     assert 6 * 8.19e9 * 0.8 < p.flops_per_token < 6 * 8.19e9 * 1.4
     assert p.seconds == pytest.approx(p.flops_total / (64 * 989e12 * 0.4))
-    assert p.memory_other < p.memory_total
+    assert p.memory_total < p.memory_other  # 8b checkpoints activations; this is what it would take without
 
 
 def test_plan_of_a_contrastive_stage_and_mistakes():
