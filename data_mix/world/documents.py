@@ -92,9 +92,8 @@ def _drawn(seed: int, name: str) -> tuple[str, str, list[text.Turn]]:
     if kind < 0.82:
         truth = imagined(random, moving=kind < 0.5)
         said, turns = text.caption(truth, lang), _questions(truth, lang, random)
-        if random.random() < 0.6:  # told again in other orders: what was said before has to be looked up
-            again = [text.dense_caption(truth, lang, random) for _ in range(int(random.integers(2, 5)))]
-            said = "\n".join([*again, said])
+        if random.random() < 0.5:  # what the dense caption scatters, the plain one gathers
+            said = f"{text.dense_caption(truth, lang, random)}\n{said}"
     else:
         said, turns = (_shop_fact if kind < 0.94 else _gossip)(random, lang)
     return lang, said, [turns[i] for i in random.permutation(len(turns))][: int(random.integers(1, 5))]

@@ -62,8 +62,8 @@ def _families(n: int) -> dict[str, int]:
 
 WORLD_SIZES = {
     "micro": WorldSize(12, _families(40), 3, 40, 12, 6, 4, 6, 6, 2, 3, 6),
-    "tiny": WorldSize(1600, _families(5000), 320, 8000, 2000, 240, 300, 130, 250, 100, 160, 300),
-    "full": WorldSize(4800, _families(15000), 960, 24000, 6000, 720, 900, 260, 500, 200, 200, 900),
+    "tiny": WorldSize(1600, _families(5000), 320, 3000, 6000, 240, 300, 130, 250, 100, 160, 300),
+    "full": WorldSize(4800, _families(15000), 960, 9000, 18000, 720, 900, 260, 500, 200, 200, 900),
 }  # fmt: skip
 
 

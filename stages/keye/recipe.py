@@ -63,12 +63,12 @@ def name_of(what: str, *more: str) -> str:
 
 def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
     """The stage called `name` at the asked size, seed and scale, with its overrides."""
-    stage = STAGES[name](a.size)
-    steps = max(round(stage.budget.steps * a.scale), 1)
+    stage = replace(STAGES[name](a.size), seed=a.seed)
+    stage = replace(stage, budget=replace(stage.budget, steps=max(round(stage.budget.steps * a.scale), 1)))
+    steps = override(stage, settings).budget.steps
     optim = replace(stage.optim, warmup_steps=min(stage.optim.warmup_steps, steps // 2))
     log = replace(stage.log, every_steps=max(steps // 40, 1))
-    stage = replace(stage, seed=a.seed, optim=optim, log=log, budget=replace(stage.budget, steps=steps))
-    return override(stage, settings).check()
+    return override(replace(stage, optim=optim, log=log), settings).check()
 
 
 def settings_of(name: str, settings: list[str]) -> list[str]:
@@ -198,6 +198,10 @@ def find(name: str, a: argparse.Namespace, out: Path) -> Path:
         return done.parent / read_json(done)["artifact"]
     if (a.source / "config.json").exists() and name != "world":
         return a.source  # a model folder
+    if (a.source / "pipeline.json").exists():  # what that run was given itself
+        given = {n["name"]: n["path"] for n in read_json(a.source / "pipeline.json")["nodes"] if "path" in n}
+        if name in given:
+            return Path(given[name])
     other = f", or --{name} FOLDER" if name in GIVEN else ""
     raise UserError(f"{a.source} has not made {name!r}; give another --from RUN{other}")
 
@@ -224,7 +228,7 @@ def write_record(pipeline: Pipeline, a: argparse.Namespace) -> None:
     nodes = [{"name": n, "inputs": list(pipeline.nodes[n].inputs), "seconds": pipeline.seconds(n),
               "status": status.get(pipeline.status(n), "waiting"), "note": ""} for n in pipeline.order]  # fmt: skip
     blank: dict = {"inputs": [], "seconds": None, "status": "done", "note": "given"}
-    given: list[dict] = [{"name": n, **blank} for n in pipeline.given]
+    given: list[dict] = [{"name": n, **blank, "path": str(path.resolve())} for n, path in pipeline.given.items()]
     notes = {n: pipeline.folder / n / "skipped.json" for n in pipeline.order}
     skipped = {n: read_json(path) for n, path in notes.items() if path.exists()}
     pipeline.folder.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,19 @@
 import io
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed import TCPStore
 
 from mm.batch import Batch
+from mm.common import dist
 from mm.common.attention import resolve, varlen_attention
 from mm.common.config import from_dict, override, to_dict
 from mm.common.errors import BadSample, UserError
@@ -128,3 +133,20 @@ def test_progress_says_rate_and_time_left():
     with Progress(4, "clips", stream=out) as p:
         p.update(2, note="fine")
     assert "2/4" in out.getvalue() and "fine" in out.getvalue() and duration(3725) == "1h02m"
+
+
+def test_ranks_of_one_attempt_agree_on_a_prefix_and_never_on_a_dead_ones():
+    """What torchrun's shared store looks like after a restart: the keys of the dead attempt are still there."""
+    limit = timedelta(seconds=20)
+    host = TCPStore("127.0.0.1", 0, is_master=True, timeout=limit)
+
+    def join(rank: int) -> str:
+        return dist._fresh_prefix(TCPStore("127.0.0.1", host.port, timeout=limit), rank, 3, limit)
+
+    def attempt(order: list[int]) -> str:
+        with ThreadPoolExecutor(3) as pool:
+            names = list(pool.map(lambda r: (time.sleep(0.2 * order.index(r)), join(r))[1], range(3)))
+        assert len(set(names)) == 1
+        return names[0]
+
+    assert len({attempt([0, 1, 2]), attempt([0, 2, 1]), attempt([1, 2, 0])}) == 3
