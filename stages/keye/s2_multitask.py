@@ -13,16 +13,16 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 MIX = {
-    "vit_pairs": 0.18, "caption": 0.17, "ocr": 0.09, "grounding": 0.01, "counting": 0.08, "vqa": 0.08,
-    "interleaved": 0.02, "video_caption": 0.13, "video_qa": 0.13, "reorder": 0.01, "shop": 0.08, "text_chat": 0.02,
+    "vit_pairs": 0.15, "caption": 0.33, "ocr": 0.06, "grounding": 0.01, "counting": 0.08, "vqa": 0.05,
+    "interleaved": 0.01, "video_caption": 0.13, "video_qa": 0.10, "reorder": 0.005, "shop": 0.06, "text_chat": 0.015,
 }  # fmt: skip
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=900),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=800),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=2e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
+    "tiny": Optim(name="muon", lr=1.5e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                   decay_share=0.2, min_lr_ratio=0.3),
     "small": Optim(lr=1e-4, warmup_steps=500, schedule="wsd", min_lr_ratio=0.3),
     "8b": Optim(lr=4e-5, warmup_steps=1000, schedule="wsd", min_lr_ratio=0.3),

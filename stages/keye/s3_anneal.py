@@ -22,15 +22,16 @@ TEXT = {"text_chat": 1.0}
 # Shares of tokens by kind; the first is the published balance tilted to pictures, the second to video.
 MIXTURES = {"image": (0.74, 0.20, 0.06), "video": (0.44, 0.50, 0.06)}
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=200),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=100),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=4_000),
     "8b": Budget(tokens=131_072, visual_tokens=98_304, packs_per_step=32, steps=10_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_steps=10, min_lr_ratio=0.0),
+    "tiny": Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=10,
+                  min_lr_ratio=0.0),
     "small": Optim(lr=3e-5, warmup_steps=100, min_lr_ratio=0.0),
     "8b": Optim(lr=1e-5, warmup_steps=200, min_lr_ratio=0.0),
-}
+}  # fmt: skip
 
 
 def stage(size: str, mixture: str = "image") -> Stage:
