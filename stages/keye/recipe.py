@@ -8,7 +8,6 @@ tower from --siglip.
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
@@ -233,7 +232,7 @@ def write_record(pipeline: Pipeline, a: argparse.Namespace) -> None:
     skipped = {n: read_json(path) for n, path in notes.items() if path.exists()}
     pipeline.folder.mkdir(parents=True, exist_ok=True)
     write_json(pipeline.folder / "pipeline.json", {
-        "title": f"{a.what}, {a.size}", "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "title": f"{a.what}, {a.size}", "command": shlex.join(["mm", *sys.argv[1:]]),
         "nodes": given + nodes, "environment": environment(), "skipped": skipped,
     })  # fmt: skip
 
