@@ -1,5 +1,6 @@
 """Other people's data becomes a source folder; what cannot be used is named."""
 
+import importlib
 import io
 import json
 import sys
@@ -127,7 +128,7 @@ def test_folder_with_texts_tables_zips_and_names(media, tmp_path):
 
 
 def test_datasets_folder_and_parquet(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = importlib.import_module("datasets")
     images = [{"bytes": picture(i), "path": None} for i in range(2)] + [{"bytes": b"text", "path": None}]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     table = datasets.Dataset.from_dict({"image": images, "caption": ["one", "two", "bad"]}, features=features)

@@ -1,5 +1,6 @@
 """The decoder against transformers' Qwen3, mRoPE against its Qwen2.5-VL, segments and causality by perturbation."""
 
+import importlib
 import json
 
 import pytest
@@ -17,7 +18,7 @@ HF = {
 
 
 def qwen3(tied: bool):
-    hf = pytest.importorskip("transformers")
+    hf = importlib.import_module("transformers")
     config = hf.Qwen3Config(
         **HF, tie_word_embeddings=tied, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}
     )
@@ -70,7 +71,7 @@ def test_the_reference_files(shared_data, make_keye):
 
 def test_mrope_is_qwens(make_keye):
     """Three different ids a token, sections of unequal size."""
-    hf = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    hf = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     from transformers import Qwen2_5_VLTextConfig
 
     section = [2, 3, 3]

@@ -1,5 +1,6 @@
 """Positions against transformers' Qwen2.5-VL, and by hand where Keye's seconds go beyond it."""
 
+import importlib
 import itertools
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from mm.positions import position_ids
 
 def theirs(ids, grids, seconds):
     """get_rope_index of transformers on token types (0 text, 1 image, 2 video)."""
-    hf = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl").Qwen2_5_VLModel
+    hf = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl").Qwen2_5_VLModel
     vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=2)
     me = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
     me.get_vision_position_ids = lambda *a, **k: hf.get_vision_position_ids(me, *a, **k)

@@ -1,5 +1,6 @@
 """Text in, the same text out; special tokens only where they are meant."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def test_training_is_deterministic_across_processes(tokenizer, tmp_path):
 def test_saved_loads_here_and_in_transformers(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert again.special == tokenizer.special and again.vocab_size == tokenizer.vocab_size == len(theirs)
     for text in [*TEXTS[:6], *NASTY, "<|im_start|>user\n红 <|image_pad|> x<think>\nred</think>"]:
