@@ -16,8 +16,9 @@ from data_mix.decode import DecodePool, Job
 from data_mix.media_plan import first_media, frames_shape, pair_ids, video_plan
 from data_mix.mix import Draw
 from data_mix.pack import PackPlan
+from data_mix.regions import in_patches, named_boxes, phrase_ids
 from data_mix.sample import media_parts, suffix_of
-from mm.batch import Batch, PairBatch
+from mm.batch import Batch, PairBatch, RegionBatch
 from mm.common.errors import BadSample
 from mm.processor import VideoPlan
 from mm.prompt import Example, join, prepare
@@ -40,7 +41,7 @@ class Pending:
 class Made:
     """A finished pack and, per sample in it, (name, reason it became a hole or '')."""
 
-    batch: Batch | PairBatch
+    batch: Batch | PairBatch | RegionBatch
     samples: list[tuple[str, str]]
 
 
@@ -56,7 +57,7 @@ class Assembler:
 
     def _begin(self, draw: Draw) -> Pending:
         sample, source = self.plan.sample(draw), self.plan.mix.sources[draw.source]
-        parts = [first_media(sample)] if self.plan.kind == "pairs" else media_parts(sample["messages"])
+        parts = media_parts(sample["messages"]) if self.plan.kind == "packs" else [first_media(sample)]
         pending = Pending(draw, self.plan.mix.name(draw), sample, {}, {})
         for part in parts:
             suffix = suffix_of(part)
@@ -67,7 +68,7 @@ class Assembler:
         return pending
 
     def finish(self, pack: list[Pending]) -> Made:
-        return self._pairs(pack) if self.plan.kind == "pairs" else self._packs(pack)
+        return {"packs": self._packs, "pairs": self._pairs, "regions": self._regions}[self.plan.kind](pack)
 
     def _packs(self, pack: list[Pending]) -> Made:
         examples, samples = [], []
@@ -97,22 +98,46 @@ class Assembler:
         return prepare(p.sample["messages"], self.processor, self.tokenizer, load)
 
     def _pairs(self, pack: list[Pending]) -> Made:
-        """A failed pair is left out (it has nothing to be masked); if all failed, one grey pair keeps the shape
-        legal."""
+        kept, clips, samples = self._kept(pack)
+        texts = [pair_ids(p.sample, self.tokenizer, self.plan.max_text) for p in kept]
+        return Made(PairBatch(**_joined(texts), **self._patches(clips), draws=[p.name for p in kept]), samples)
+
+    def _regions(self, pack: list[Pending]) -> Made:
+        kept, pictures, samples = self._kept(pack)
+        texts, regions = [], []
+        for row, (p, frames) in enumerate(zip(kept, pictures, strict=True)):
+            _, height, width = self.processor.frames_grid(frames)
+            for phrase, box in named_boxes(p.sample):
+                texts.append(phrase_ids(phrase, self.tokenizer, self.plan.max_text))
+                regions.append((row, *in_patches(box, height, width)))
+        batch = RegionBatch(
+            **_joined(texts), **self._patches(pictures), draws=[p.name for p in kept],
+            regions=torch.tensor(regions, dtype=torch.int64),
+        )  # fmt: skip
+        return Made(batch, samples)
+
+    def _kept(self, pack: list[Pending]) -> tuple[list[Pending], list[np.ndarray], list[tuple[str, str]]]:
+        """What is left of a pack without those that failed (there is nothing in them to be masked), their frames,
+        and `Made.samples`; if all failed, one grey picture keeps the shape legal."""
         loaded = [(p, *self._frames(p)) for p in pack]
         kept = [(p, f) for p, f, reason in loaded if not reason] or [loaded[0][:2]]
-        texts = [pair_ids(p.sample, self.tokenizer, self.plan.max_text) for p, _ in kept]
         clips = [self._in_order(p, next(iter(frames.values()))) for p, frames in kept]
-        batch = PairBatch(
-            input_ids=torch.tensor([i for t in texts for i in t], dtype=torch.int64),
-            cu_seqlens=torch.tensor(np.cumsum([0, *map(len, texts)]), dtype=torch.int32),
-            pixel_values=torch.cat([torch.from_numpy(self.processor.patchify(c)) for c in clips]),
-            grid_thw=torch.tensor([self.processor.frames_grid(c) for c in clips], dtype=torch.int64),
-            draws=[p.name for p, _ in kept],
-        )
-        return Made(batch, [(p.name, reason) for p, _, reason in loaded])
+        return [p for p, _ in kept], clips, [(p.name, reason) for p, _, reason in loaded]
+
+    def _patches(self, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.cat([torch.from_numpy(self.processor.patchify(c)) for c in clips]),
+            "grid_thw": torch.tensor([self.processor.frames_grid(c) for c in clips], dtype=torch.int64),
+        }
 
     @staticmethod
     def _in_order(p: Pending, frames: np.ndarray) -> np.ndarray:
         order = first_media(p.sample).get("frames")
         return frames if order is None else frames[order]
+
+
+def _joined(texts: list[list[int]]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.tensor([i for t in texts for i in t], dtype=torch.int64),
+        "cu_seqlens": torch.tensor(np.cumsum([0, *map(len, texts)]), dtype=torch.int32),
+    }

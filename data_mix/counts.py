@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_mix.media_plan import first_media, pair_ids, part_grid
+from data_mix.media_plan import first_media, pair_ids, part_grid, picture
+from data_mix.regions import named_boxes, phrase_ids
 from data_mix.shards import Source
 from mm.common.errors import BadSample, UserError
 from mm.common.files import write_atomic
@@ -48,7 +49,11 @@ def sample_counter(
         visual = processor.tokens(part_grid(first_media(sample), sample, processor))
         return len(pair_ids(sample, tokenizer, max_text)), visual
 
-    return packs if kind == "packs" else pairs
+    def regions(sample: dict[str, Any]) -> tuple[int, int]:
+        names = [phrase_ids(phrase, tokenizer, max_text) for phrase, _ in named_boxes(sample)]
+        return sum(map(len, names)), processor.tokens(part_grid(picture(sample), sample, processor))
+
+    return {"packs": packs, "pairs": pairs, "regions": regions}[kind]
 
 
 def count_source(
@@ -57,7 +62,7 @@ def count_source(
 ) -> Counts:  # fmt: skip
     """Counts of every sample, from the cache where it is there; the cache is written where it can be."""
     count = sample_counter(processor, tokenizer, kind, max_text)
-    facts = [CODE_VERSION, processor.hash, tokenizer.hash, kind, max_text if kind == "pairs" else 0]
+    facts = [CODE_VERSION, processor.hash, tokenizer.hash, kind, max_text if kind != "packs" else 0]
     parts, reasons, start = [], {}, 0  # type: ignore[var-annotated]
     with Progress(len(source), f"counting tokens of {source.name}", quiet=quiet) as progress:
         for shard in source.shards:

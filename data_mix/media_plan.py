@@ -54,6 +54,14 @@ def first_media(sample: dict[str, Any]) -> dict[str, Any]:
     raise BadSample("no media to pair with the caption")
 
 
+def picture(sample: dict[str, Any]) -> dict[str, Any]:
+    """The one image part of a sample whose caption names regions. Raises BadSample for anything else."""
+    parts = list(media_parts(sample["messages"]))
+    if len(parts) != 1 or parts[0]["type"] != "image":
+        raise BadSample("regions are named in one picture; this sample has other media")
+    return parts[0]
+
+
 def pair_ids(sample: dict[str, Any], tokenizer: Any, max_text: int) -> list[int]:
     """Ids of the caption, cut to `max_text` with the end mark."""
     return [*tokenizer.encode(caption_of(sample))[: max_text - 1], tokenizer.id("<|im_end|>")]

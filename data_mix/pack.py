@@ -10,7 +10,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from mm.processor import Processor
 from mm.prompt import sample_tokens
 from mm.tokenizer import Tokenizer
 
+Kind = Literal["packs", "pairs", "regions"]
 DRAWS = 512  # draws that are packed together, more where packs hold many
 COPIES = 4  # of one sample in a window, about
 PACKS = 96  # packs that a window should fill at least, so that its ragged end weighs little
@@ -33,8 +34,10 @@ class PackPlan:
     Args:
         token_budget: tokens per pack at most (of kind "pairs": text tokens).
         visual_budget: merged visual tokens per pack at most (patches / merge_size ** 2).
-        kind: "packs" of whole conversations, or "pairs" of one picture or clip and its caption, whose text is
-            cut at `max_text` tokens.
+        alike: packs of one step. They are put together with nearly the same number of visual tokens, the costliest,
+            so that no rank waits long for another.
+        kind: "packs" of whole conversations; "pairs" of one picture or clip and its caption, whose text is cut at
+            `max_text` tokens; "regions" of one picture each, named in its caption (`data_mix.regions`).
     Attributes:
         refused: BadSample per sample that can never be drawn (unreadable, or larger than a budget), by name.
         turns: {(source, sample): messages kept} of the conversations whose last exchanges are left out, whole,
@@ -44,14 +47,15 @@ class PackPlan:
 
     def __init__(
         self, mix: Mix, processor: Processor, tokenizer: Tokenizer, token_budget: int, visual_budget: int,
-        seed: int = 0, *, kind: Literal["packs", "pairs"] = "packs", max_text: int = 64, quiet: bool = True,
+        seed: int = 0, *, kind: Kind = "packs", max_text: int = 64, alike: int = 1,
+        quiet: bool = True,
     ):  # fmt: skip
-        if min(token_budget, visual_budget) < 1 or kind not in ("packs", "pairs"):
-            raise UserError(f"token_budget={token_budget} and visual_budget={visual_budget} must be at least 1, "
-                            f"kind={kind!r} packs or pairs")  # fmt: skip
+        if min(token_budget, visual_budget, alike) < 1 or kind not in get_args(Kind):
+            raise UserError(f"token_budget={token_budget}, visual_budget={visual_budget} and alike={alike} must be "
+                            f"at least 1, kind={kind!r} one of {', '.join(get_args(Kind))}")  # fmt: skip
         self.mix, self.processor, self.tokenizer, self.seed = mix, processor, tokenizer, seed
         self.token_budget, self.visual_budget = token_budget, visual_budget
-        self.kind, self.max_text = kind, max_text
+        self.kind, self.max_text, self.alike = kind, max_text, alike
         self.refused: list[BadSample] = []
         self.turns: dict[tuple[int, int], int] = {}
         self.counts = [
@@ -124,7 +128,7 @@ class PackPlan:
     def fingerprint(self) -> str:
         """Covers sources, weights, unit, seeds, budgets, processor, tokenizer: all that decides pack(i)."""
         text = json.dumps([
-            "plan-1", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.token_budget,
+            "plan-2", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.alike, self.token_budget,
             self.visual_budget, self.draws_per_window, self.processor.hash, self.tokenizer.hash,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -136,7 +140,7 @@ class PackPlan:
 
     def pack(self, i: int) -> list[Draw]:
         first, window = self._locate(i)
-        return self._window(window)[i - first]
+        return self._window(window, first)[i - first]
 
     def anchor(self, i: int) -> tuple[int, int]:
         """(first pack, window) of the window that holds pack i: kept in a state, it makes resuming instant."""
@@ -154,25 +158,32 @@ class PackPlan:
         with self._lock:
             k = bisect_right(self._first, i) - 1
             first, window = self._first[k], self._at[k]
-            while i >= first + len(self._window(window)):
-                first, window = first + len(self._window(window)), window + 1
+            while i >= first + len(self._window(window, first)):
+                first, window = first + len(self._window(window, first)), window + 1
                 self.trust((first, window))
             return first, window
 
-    def _make_window(self, window: int) -> list[list[Draw]]:
+    def _make_window(self, window: int, first: int) -> list[list[Draw]]:
+        """The packs of a window, which are numbers `first` and on of the plan."""
         start = window * self.draws_per_window
         draws = [self.mix.draw(p) for p in range(start, start + self.draws_per_window)]
         budget = (self.token_budget, self.visual_budget)
         packs = best_fit([self.size(d) for d in draws], budget, rng(self.seed, "fit", window))
-        order = rng(self.seed, "packs", window).permutation(len(packs))
-        return [[draws[i] for i in packs[k]] for k in order]
+        made = [[draws[i] for i in p] for p in packs]
+        random = rng(self.seed, "packs", window)
+        made = [made[k] for k in random.permutation(len(made))]
+        ready = -first % self.alike  # these end the step that the window before began
+        rest = sorted(made[ready:], key=lambda pack: sum(self.size(d)[1] for d in pack))
+        steps = [rest[k : k + self.alike] for k in range(0, len(rest), self.alike)]
+        whole = len(rest) // self.alike
+        return made[:ready] + [p for k in [*random.permutation(whole), *range(whole, len(steps))] for p in steps[k]]
 
     def efficiency(self, packs: int | None = None) -> dict[str, float]:
         """Share of each budget that the first `packs` packs fill (default: whole windows, 200 packs or more),
         and samples per pack."""
         if packs is None:
             first, window = self.anchor(200)
-            packs = first + len(self._window(window))
+            packs = first + len(self._window(window, first))
         rows = [self.pack(i) for i in range(packs)]
         tokens, visual = np.sum([np.sum([self.size(d) for d in p], axis=0) for p in rows], axis=0)
         return {

@@ -96,6 +96,7 @@ def unpatchify(pixel_values: torch.Tensor, grid: tuple[int, int, int], patch: in
 def _pack(assembler: Assembler, number: int) -> str:
     pending = assembler.begin(number)
     made = assembler.finish(pending)
+    assert isinstance(made.batch, Batch | PairBatch)  # a page's plan is never of kind "regions"
     reasons, plan = dict(made.samples), assembler.plan
     kept = [p for p in pending if p.name in made.batch.draws]
     media = _media(made.batch, kept, plan)

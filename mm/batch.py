@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-B = TypeVar("B", "Batch", "PairBatch")
+B = TypeVar("B", "Batch", "PairBatch", "RegionBatch")
 
 
 def _moved(batch: B, device: torch.device | str) -> B:
@@ -61,4 +61,24 @@ class PairBatch:
     draws: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "PairBatch":
+        return _moved(self, device)
+
+
+@dataclass
+class RegionBatch:
+    """Pictures with phrases that name what is in some of their regions.
+
+    Shapes (R regions, L text tokens, N patches, M pictures): input_ids int64 [L]; cu_seqlens int32 [R + 1];
+    pixel_values uint8 [N, 3 * patch * patch]; grid_thw int64 [M, 3]; regions int64 [R, 5]: which row of the grid,
+    then top, left, bottom, right in patches, the last two exclusive.
+    """
+
+    input_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    regions: torch.Tensor
+    draws: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "RegionBatch":
         return _moved(self, device)

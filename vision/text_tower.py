@@ -146,19 +146,61 @@ class ContrastiveModel(nn.Module):
         """One vector of length 1 per text: fp32 [M, D]."""
         return F.normalize(self.text_model(input_ids, cu_seqlens).float(), dim=-1)
 
+    def word_loss(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> tuple[torch.Tensor, int]:  # fmt: skip
+        """(fp32 sum over regions, their number): each patch of a region is asked for the words of its name.
+
+        regions: int64 [R, 5], see `region_patches`; input_ids int64 [L], cu_seqlens int32 [R + 1]: their names.
+        A patch's logit for a word is its feature times that word's token embedding (the text tower's own table,
+        so hidden_size must equal the vision tower's); a region's loss is the mean over its patches of the cross
+        entropy against its name's distinct tokens, each weighing alike.
+        """
+        features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
+        rows, of = region_patches(regions, grid_thw)
+        logits = features[rows] @ self.text_model.embeddings.token_embedding.weight.to(features.dtype).T
+        logprobs = F.log_softmax(logits.float(), dim=-1)  # [K, V]
+        n = len(regions)
+        share = 1.0 / torch.bincount(of, minlength=n).float()  # [R], of one patch in its region
+        wanted = word_targets(input_ids, cu_seqlens, logits.shape[-1])
+        return -((wanted[of] * logprobs).sum(-1) * share[of]).sum(), n
+
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
         for name, p in self.named_parameters():
             if name == "logit_bias":
                 yield name, torch.full(p.shape, self.text_model.config.initial_bias)
             else:
-                yield name, siglip(name, p.shape, seed)
+                yield name, siglip(name, p.shape, seed, self.vision_model.config.positions)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fresh weights that depend on `seed` and each parameter's name only, on any device."""
         for name, value in self.initial_weights(seed):
             self.get_parameter(name).copy_(value)
+
+
+def region_patches(regions: torch.Tensor, grid_thw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row of the packed patches, region) of every patch of every region, int64 [K] each.
+
+    regions int64 [R, 5]: row of the grid, then top, left, bottom, right in patches, the last two exclusive.
+    """
+    starts, device = (grid_thw.prod(1).cumsum(0) - grid_thw.prod(1)).tolist(), regions.device
+    widths, rows = grid_thw[:, 2].tolist(), []
+    for picture, top, left, bottom, right in regions.tolist():
+        lines = torch.arange(top, bottom, device=device)[:, None] * widths[picture]
+        rows.append((starts[picture] + lines + torch.arange(left, right, device=device)).flatten())
+    sizes = torch.tensor([len(r) for r in rows], device=device)
+    return torch.cat(rows), torch.arange(len(rows), device=device).repeat_interleave(sizes)
+
+
+def word_targets(input_ids: torch.Tensor, cu_seqlens: torch.Tensor, vocab: int) -> torch.Tensor:
+    """fp32 [R, vocab]: the distinct tokens of each text, in equal shares that sum to 1."""
+    texts = torch.arange(len(cu_seqlens) - 1, device=input_ids.device).repeat_interleave(cu_seqlens.diff())
+    wanted = torch.zeros(len(cu_seqlens) - 1, vocab, device=input_ids.device)
+    wanted[texts, input_ids] = 1.0
+    return wanted / wanted.sum(1, keepdim=True)
 
 
 def sigmoid_loss(

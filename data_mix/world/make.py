@@ -31,7 +31,7 @@ from mm.common.progress import Progress
 from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
-SOURCES = (*stills.FAMILIES, "video_caption", "video_qa", "reorder", "shop", "text", "text_chat")
+SOURCES = (*stills.FAMILIES, "regions", "video_caption", "video_qa", "reorder", "shop", "text", "text_chat")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WorldSize:
 
 def _families(n: int) -> dict[str, int]:
     shares = {
-        "caption": 44, "vit_pairs": 110, "ocr": 16, "grounding": 12, "counting": 14, "vqa": 18, "interleaved": 5,
+        "caption": 44, "vit_pairs": 60, "ocr": 24, "grounding": 12, "counting": 30, "vqa": 18, "interleaved": 5,
     }  # fmt: skip
     return {k: max(3, n * v // 100) for k, v in shares.items()}
 
@@ -72,9 +72,9 @@ def work(job: tuple) -> Any:
     kind, seed, *a = job
     if kind == "clip":
         name, hero, second, split, number = a
-        _, mp4, truth = make_clip(seed, name, hero, second=second)
+        frames, mp4, truth = make_clip(seed, name, hero, second=second)
         truth = {"id": name, "split": split, **truth, **shop.clip_meta(seed, name, number, truth)}
-        return name, mp4, truth
+        return name, mp4, truth, tasks.named_frames(seed, name, frames, truth) if split == "train" else []
     if kind == "still":
         return stills.still_sample(seed, *a)
     if kind == "eval":
@@ -139,7 +139,7 @@ class _World:
     # clips
 
     def clip(self, result: tuple) -> dict:
-        name, mp4, truth = result
+        name, mp4, truth, _ = result
         folder = "train" if truth["split"] == "train" else "test"
         self.put(f"clips/{folder}/{name}.mp4", mp4)
         self.put(f"clips/{folder}/{name}.json", json.dumps(truth, ensure_ascii=False).encode())
@@ -156,6 +156,8 @@ class _World:
             for source, sample in tasks.clip_samples(self.seed, result[0], truth, family).items():
                 if source != "reorder" or len(self.sources["reorder"]) < self.size.reorder:
                     self.sources[source].write(result[0], sample, {"mp4": result[1]})
+            for key, sample, jpg in result[3]:
+                self.sources["regions"].write(key, sample, {"0.jpg": jpg})
             hero = truth["things"][0]
             self.train_clips.append({"id": result[0], "thing": hero})
             self._clip_rows("train", f"clips/train/{result[0]}.mp4", truth, self.size.probe)
@@ -190,6 +192,10 @@ class _World:
         for job, made in zip(jobs, self.crew.run(jobs), strict=True):
             family = job[2]
             self.sources[family].write(made["key"], made["sample"], made["media"])
+            if family != "interleaved":
+                lang, random = made["sample"]["meta"]["lang"], rng(self.seed, "regions", made["key"])
+                if named := stills.regions_sample(made["truths"][0], lang, random):
+                    self.sources["regions"].write(made["key"], named, made["media"])
             if family in ("counting", "ocr", "grounding"):
                 have = sum(r["split"] == "train" for r in self.rows[family])
                 found = tasks.probe_row(family, made["sample"], made["truths"][0], numbers[family])

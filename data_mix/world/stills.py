@@ -1,4 +1,4 @@
-"""Conversations about stills: caption, vit_pairs, ocr, grounding, counting, vqa, interleaved."""
+"""Conversations about stills: caption, vit_pairs, ocr, grounding, counting, vqa, interleaved; and regions of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -121,7 +121,8 @@ def _vit_pairs(random, lang: str):
     if kind < 0.65:
         size = CLOSE_SIZES[int(random.integers(len(CLOSE_SIZES)))]
         jpg, truth = picture(random, distinct_pairs(random, 1), size=size, scale=random.uniform(1.1, 2.0))
-        said = _close_up(truth["things"][0], lang)
+        name = unsized(truth["things"][0], lang)
+        said = f"一个{name}。" if lang == "zh" else f"a {name}."
     elif kind < 0.83:
         size = SIGN_SIZES[int(random.integers(len(SIGN_SIZES)))]
         jpg, truth = picture(random, distinct_pairs(random, 1), signs=[draw_sign_text(random)], size=size)
@@ -133,10 +134,9 @@ def _vit_pairs(random, lang: str):
     return [truth], [jpg], [{"type": "pair", "q": "", "a": said}]
 
 
-def _close_up(thing: dict, lang: str) -> str:
-    """How large it is cannot be told from so near."""
-    colour, material, shape = (say(thing[k], lang) for k in ("colour", "material", "shape"))
-    return f"一个{colour}{material}{shape}。" if lang == "zh" else f"a {colour} {material} {shape}."
+def unsized(thing: dict, lang: str) -> str:
+    """'red wood ring': how large a thing is cannot be told from near."""
+    return ("" if lang == "zh" else " ").join(say(thing[k], lang) for k in ("colour", "material", "shape"))
 
 
 def _ocr(random, lang: str):
@@ -316,3 +316,16 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
     sample = conversation(numbered(len(jpgs), lang), turns, family, {"lang": lang, "truths": truths})
     sample["media"] = media_facts(truths)
     return {"key": name, "sample": sample, "media": {f"{i}.jpg": j for i, j in enumerate(jpgs)}, "truths": truths}
+
+
+def regions_sample(truth: dict[str, Any], lang: str, random: np.random.Generator) -> dict[str, Any] | None:
+    """The sample "0.jpg" of a picture as a document that names everything plain to see by colour, material and
+    shape, and what a sign says, each with its box; None where nothing is plain to see."""
+    at = zip(truth["things"], truth["boxes"][0], truth["seen"][0], strict=True)
+    named = [located(unsized(t, lang), [thousand(b, truth) for b in boxes]) for t, boxes, seen in at if seen >= 0.5]
+    said = [sign_box(s, truth, lang)["a"] for s in truth["signs"]]
+    if not named + said:
+        return None
+    turn = {"type": "regions", "q": "", "a": "".join([named[i] for i in random.permutation(len(named))] + said)}
+    sample = conversation(numbered(1, lang), [turn], "regions", {"lang": lang, "truths": [truth]})
+    return {**sample, "media": media_facts([truth])}

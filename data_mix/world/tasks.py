@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_mix.world import stills, text
+from data_mix.world import encode, stills, text
 from data_mix.world.scene import FPS, draw_sign_text
 from data_mix.world.words import (
     COLOUR_SHAPE,
@@ -153,6 +153,17 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     for s in samples.values():
         s["media"], s["meta"]["clip"] = {"mp4": facts}, name
     return samples
+
+
+def named_frames(seed: int, name: str, frames: list[np.ndarray], truth: dict) -> list[tuple[str, dict, bytes]]:
+    """(key, sample, jpg) of two sampled frames of a training clip as pictures with named regions."""
+    random, out = rng(seed, "regions", name), []
+    for k in sorted(random.choice(len(truth["sampled"]), 2, replace=False).tolist()):
+        still = {key: truth[key] for key in ("width", "height", "things", "signs")}
+        still |= {"boxes": [truth["boxes"][k]], "seen": [truth["seen"][k]], "events": []}
+        if sample := stills.regions_sample(still, language(random), random):
+            out.append((f"{name}-{k}", sample, encode.jpeg(frames[truth["sampled"][k]])))
+    return out
 
 
 def eval_row(task: str, split: str, number: int, media: str, turn: text.Turn, choices, meta: dict) -> dict[str, Any]:

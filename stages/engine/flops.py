@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm.batch import Batch, PairBatch
+from mm.batch import Batch, PairBatch, RegionBatch
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,16 @@ def of_pairs(model: Any, batch: PairBatch) -> Flops:
     """FLOPs of one micro-batch for a `vision.text_tower.ContrastiveModel`."""
     vision, text = model.vision_model.config, model.text_model.config
     return of_contrastive(vision, text, _lengths(batch.cu_seqlens), batch.grid_thw.tolist(), trained_shares(model))
+
+
+def of_regions(model: Any, batch: RegionBatch) -> Flops:
+    """The same model where only patches are asked for words: tower, and a head over each region's patches."""
+    vision, text = model.vision_model.config, model.text_model.config
+    r = batch.regions
+    asked = int(((r[:, 3] - r[:, 1]) * (r[:, 4] - r[:, 2])).sum())
+    parts = {"tower": _tower(vision, batch.grid_thw.tolist()),
+             "text": _Part(2.0 * asked * vision.hidden_size * text.vocab_size)}  # fmt: skip
+    return _total(parts, {"text": ("tower",)}, {**trained_shares(model), "text": 1.0})
 
 
 def _lengths(cu_seqlens: torch.Tensor) -> list[int]:

@@ -22,6 +22,7 @@ from mm.processor import Processor
 from mm.sizes import PROCESSORS
 from mm.template import DEFAULT_SYSTEM
 from mm.tokenizer import Tokenizer
+from stages import objectives
 from stages.engine.train import train
 from stages.stage import Stage
 from vision.text_tower import ContrastiveModel, TextTower
@@ -148,7 +149,7 @@ def sources(stage: Stage, means: Means) -> list[SourceSpec]:
 def load_data(stage: Stage, tokenizer: Tokenizer, processor: Processor, means: Means) -> Loader:
     plan = PackPlan(
         Mix(sources(stage, means), stage.seed), processor, tokenizer, stage.budget.tokens, stage.budget.visual_tokens,
-        stage.seed, kind="pairs" if stage.objective.name == "contrastive" else "packs",
+        stage.seed, kind=objectives.make(stage.objective).kind, alike=stage.budget.packs_per_step,
     )  # fmt: skip
     return Loader(
         plan, packs_per_step=stage.budget.packs_per_step, rank=dist.rank(), ranks=dist.world_size(),

@@ -36,13 +36,13 @@ TEXTS = {
 }
 
 BUDGETS = {
-    "tiny": Budget(tokens=1024, visual_tokens=448, packs_per_step=2, steps=700),
+    "tiny": Budget(tokens=1024, visual_tokens=448, packs_per_step=2, steps=120),
     "small": Budget(tokens=16384, visual_tokens=16384, packs_per_step=8, steps=20_000),
     # 16,384 visual tokens (65,536 patches) x 128 packs x 60,000 steps = 0.5 T patches.
     "8b": Budget(tokens=16384, visual_tokens=16384, packs_per_step=128, steps=60_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
+    "tiny": Optim(name="muon", lr=4e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                   min_lr_ratio=0.05),
     "small": Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
     "8b": Optim(lr=2e-5, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=1000),
@@ -53,8 +53,8 @@ def stage(size: str) -> Stage:
     return Stage(
         name="keye.s0_vit", size=size, doc=__doc__,
         model=Towers(SIZES[size].vision, TEXTS[size]),
-        start=["scratch"] if size == "tiny" else ["siglip"],
-        train={"*": 1.0, "text_model.*": 0.4} if size == "tiny" else {"*": 1.0},
+        start=["words" if size == "tiny" else "siglip"],
+        train={"*": 1.0, "vision_model.*": 0.2, "vision_model.head.*": 1.0} if size == "tiny" else {"*": 1.0},
         mix=[SourceSpec("vit_pairs", 1.0, "samples")],
         objective=ObjectiveSpec("contrastive"),
         optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",

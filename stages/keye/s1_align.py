@@ -12,7 +12,7 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=80),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=40),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=32, steps=2_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=256, steps=5_000),
 }

@@ -5,9 +5,10 @@ from mm.common.errors import UserError
 from stages.objectives.contrastive import Contrastive
 from stages.objectives.next_token import NextToken
 from stages.objectives.objective import Objective
+from stages.objectives.words import Words
 from stages.stage import ObjectiveSpec
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "contrastive": Contrastive}
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "contrastive": Contrastive, "words": Words}
 
 
 def make(spec: ObjectiveSpec) -> Objective:

@@ -28,6 +28,8 @@ class Contrastive(Objective):
     [M, D]) and the parameters `logit_scale`, `logit_bias`.
     """
 
+    kind = "pairs"
+
     def counts(self, batches: Sequence[PairBatch]) -> dict[str, float]:
         return {"contrastive": float(sum(b.grid_thw.shape[0] for b in batches))}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from data_mix.pack import Kind
 from mm.common import dist
 from stages.stage import Budget
 
@@ -20,10 +21,12 @@ class Objective(ABC):
     gradients over ranks, so a loss sum divided by (global count / ranks) ends as sum over everything / global
     count, however the batch was split.
 
+    `kind` says what batches it takes: packs of conversations, image-text pairs, or named regions.
     A phase is a turn with its own optimizer (a generator's, then a discriminator's); most have one.
     """
 
     phases: tuple[str, ...] = ("main",)
+    kind: Kind = "packs"  # what the loader makes for it
 
     @abstractmethod
     def counts(self, batches: Sequence[Any]) -> dict[str, float]:

@@ -56,6 +56,28 @@ def test_every_draw_is_in_exactly_one_pack(plan):
     assert Counter(packs) == Counter(drawn)
 
 
+def test_packs_of_a_step_are_alike_and_none_is_lost(plan):
+    """Also across windows whose number of packs does not divide by the packs of a step."""
+
+    def spread(p, n=600):
+        visual = np.array([sum(p.size(d)[1] for d in p.pack(i)) for i in range(n)]).reshape(-1, 3)
+        return (visual.max(1) - visual.min(1)).mean()
+
+    alike = again(plan, alike=3)
+    assert spread(alike) < 0.25 * spread(plan)
+    first, _ = alike.anchor(900)
+    assert Counter(tuple(alike.pack(i)) for i in range(first)) == Counter(tuple(plan.pack(i)) for i in range(first))
+    steps = {alike.anchor(i)[0] % 3 for i in range(900)}
+    assert len(steps) > 1  # windows did begin inside steps
+    late = again(plan, alike=3)
+    late.trust(alike.anchor(700))
+    assert [late.pack(i) for i in range(700, 720)] == [alike.pack(i) for i in range(700, 720)]
+    assert alike.fingerprint != plan.fingerprint
+    # neither the lightest nor the heaviest come first: steps are shuffled
+    cost = [sum(alike.size(d)[1] for k in range(3) for d in alike.pack(3 * s + k)) for s in range(60)]
+    assert abs(np.corrcoef(cost, range(60))[0, 1]) < 0.5
+
+
 def test_pack_is_a_pure_function_of_its_number(plan):
     other = again(plan)
     assert other.fingerprint == plan.fingerprint

@@ -86,15 +86,14 @@ class EventfulLoader(toy.Loader):
 
 def gradients(folder: str, settings: str) -> None:
     """Loss and gradients of one step: {"model", "splits": per rank a list of micro-batches}, where a
-    micro-batch is [first, n] pairs, or a pack number. Rank 0 writes them whole."""
+    micro-batch is [first, n] pairs (of "words": pictures), or a pack number. Rank 0 writes them whole."""
     given = json.loads(settings)
-    contrastive, cpu = given["model"] == "contrastive", torch.device("cpu")
-    stage = toy.stage(objective=ObjectiveSpec("contrastive" if contrastive else "next_token"))
-    model = (
-        toy.contrastive() if contrastive else toy.keye(config=recomputing() if given.get("recompute") else toy.KEYE)
-    )
-    model = parallelize(model, device=cpu)
-    batches = [toy.pairs(*m) if contrastive else toy.pack(m) for m in given["splits"][dist.rank()]]
+    kind, cpu = given["model"], torch.device("cpu")
+    stage = toy.stage(objective=ObjectiveSpec("next_token" if kind == "keye" else kind))
+    config = recomputing() if given.get("recompute") else toy.KEYE
+    model = parallelize(toy.keye(config=config) if kind == "keye" else toy.contrastive(), device=cpu)
+    make = {"keye": toy.pack, "contrastive": lambda m: toy.pairs(*m), "words": lambda m: toy.regions(*m)}[kind]
+    batches = [make(m) for m in given["splits"][dist.rank()]]
     everything = dict.fromkeys(dict(model.named_parameters()), "*")
     turn = Turn("main", model, everything, objectives.make(stage.objective), stage)
     terms, _ = turn.gradients(batches, cpu)

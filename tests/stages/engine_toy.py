@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mm.batch import Batch, PairBatch
+from mm.batch import Batch, PairBatch, RegionBatch
 from mm.common import dist
 from mm.common.errors import UserError
 from mm.decoder import DecoderConfig
@@ -78,6 +78,21 @@ def pairs(first: int, n: int) -> PairBatch:
     return PairBatch(
         input_ids=torch.cat(ids), cu_seqlens=torch.tensor([0, *map(len, ids)]).cumsum(0).to(torch.int32),
         pixel_values=torch.cat(pixels), grid_thw=torch.tensor(grids), draws=draws,
+    )  # fmt: skip
+
+
+def regions(first: int, n: int) -> RegionBatch:
+    """Pictures number first .. first + n, with one to three named regions each."""
+    made, found, names = pairs(first, n), [], []
+    for row, (_, h, w) in enumerate(made.grid_thw.tolist()):
+        g = torch.Generator().manual_seed(9000 + first + row)
+        for _ in range(1 + (first + row) % 3):
+            top, left = int(torch.randint(0, h, (1,), generator=g)), int(torch.randint(0, w, (1,), generator=g))
+            found.append([row, top, left, h, w])
+            names.append(torch.randint(0, 59, (1 + int(torch.randint(0, 4, (1,), generator=g)),), generator=g))
+    return RegionBatch(
+        input_ids=torch.cat(names), cu_seqlens=torch.tensor([0, *map(len, names)]).cumsum(0).to(torch.int32),
+        pixel_values=made.pixel_values, grid_thw=made.grid_thw, regions=torch.tensor(found), draws=made.draws,
     )  # fmt: skip
 
 

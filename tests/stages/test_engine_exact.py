@@ -41,6 +41,20 @@ def test_sigmoid_loss_does_not_depend_on_the_split(tmp_path, whole_pairs, splits
     compare(gradients(tmp_path, len(splits), "contrastive", splits), whole_pairs)
 
 
+@pytest.fixture(scope="module")
+def whole_regions(tmp_path_factory):
+    return gradients(tmp_path_factory.mktemp("regions"), 1, "words", [[[0, 12]]])
+
+
+@pytest.mark.parametrize("splits", [
+    [[[0, 5], [5, 4], [9, 3]]],
+    [[[0, 2], [2, 3]], [[5, 7]]],
+    [[[0, 12]], []],
+])  # fmt: skip
+def test_word_loss_does_not_depend_on_the_split(tmp_path, whole_regions, splits):
+    compare(gradients(tmp_path, len(splits), "words", splits), whole_regions)
+
+
 @pytest.mark.parametrize("splits", [
     [[0, 2], [1, 3]],
     [[0, 3], [1, 2]],  # packs 0 and 3 have no picture: the first rank sees none

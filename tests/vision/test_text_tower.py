@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mm.common.errors import UserError
-from vision.text_tower import ContrastiveModel, TextConfig, TextTower, sigmoid_loss
+from vision.text_tower import ContrastiveModel, TextConfig, TextTower, region_patches, sigmoid_loss
 from vision.vit import VisionConfig, VisionTower
 
 
@@ -114,3 +114,49 @@ def test_user_mistakes():
             VisionTower(VisionConfig(**numbers, image_size=28)),
             TextTower(TextConfig(**numbers, vocab_size=8, projection_size=16)),
         )
+
+
+def named(regions, texts, grids):
+    pixels = torch.randint(0, 256, (int(grids.prod(1).sum()), 192), dtype=torch.uint8)
+    starts = torch.tensor([0, *map(len, texts)]).cumsum(0).to(torch.int32)
+    return pixels, grids, torch.tensor(regions), torch.tensor([i for t in texts for i in t]), starts
+
+
+def test_a_region_is_the_patches_of_its_rectangle():
+    grids = torch.tensor([[1, 4, 6], [1, 2, 3]])
+    regions = torch.tensor([[0, 1, 2, 3, 5], [1, 0, 0, 2, 3], [0, 3, 5, 4, 6]])
+    rows, of = region_patches(regions, grids)
+    picture = [torch.arange(24).view(4, 6), 24 + torch.arange(6).view(2, 3)]
+    want = [picture[p][top:bottom, a:b].flatten() for p, top, a, bottom, b in regions.tolist()]
+    assert [rows[of == k].tolist() for k in range(3)] == [w.tolist() for w in want]
+
+
+def test_word_loss_is_the_mean_cross_entropy_of_each_regions_patches():
+    """Against torch's cross entropy with soft targets, patch by patch; a token said twice counts once."""
+    ours = model()
+    ours.init_weights(0)
+    grids = torch.tensor([[1, 4, 4], [1, 2, 6]])
+    regions, texts = [[0, 0, 0, 2, 3], [1, 1, 2, 2, 6], [0, 1, 1, 4, 4]], [[5, 7], [9, 9, 3], [11]]
+    batch = named(regions, texts, grids)
+    loss, n = ours.word_loss(*batch)
+    table = ours.text_model.embeddings.token_embedding.weight
+    features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 12])
+    want = 0.0
+    for (p, top, left, bottom, right), text in zip(regions, texts, strict=True):
+        target = torch.zeros(64)
+        target[text] = 1 / len(set(text))
+        inside = features[p].view(*grids[p, 1:].tolist(), -1)[top:bottom, left:right].flatten(0, 1)
+        want = want + torch.nn.functional.cross_entropy(inside @ table.T, target.expand(len(inside), -1))
+    assert n == 3 and torch.allclose(loss, want, atol=1e-5)
+
+
+def test_only_the_words_of_a_region_are_asked_of_it():
+    """Another name for one region changes no logit's gradient outside it; patches outside all regions get none."""
+    ours = model()
+    ours.init_weights(0)
+    batch = named([[0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4], [1, 2, 2]]))
+    features = {}
+    ours.vision_model.register_forward_hook(lambda m, i, o: features.update(out=o) or o.retain_grad())
+    ours.word_loss(*batch)[0].backward()
+    touched = features["out"].grad.abs().sum(1).nonzero().flatten().tolist()
+    assert touched == [0, 1, 4, 5]

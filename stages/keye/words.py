@@ -1,0 +1,29 @@
+"""Preparatory stage, tiny only: a tower that knows the world's words at each place of a picture.
+
+    mm run keye.words --size tiny                                    2 cores, about 2 minutes
+
+At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
+billions of pictures. Here it is trained from nothing on the world's `regions`: pictures whose caption names each
+thing and where it is, in the published grounding format. Every patch of a region predicts the words of its name,
+so a picture teaches at a hundred places and not at one; the sigmoid loss of s0_vit, alone, takes far longer.
+"""
+
+from data_mix.mix import SourceSpec
+from mm.sizes import SIZES
+from stages.keye.s0_vit import TEXTS, Towers
+from stages.stage import Budget, ObjectiveSpec, Optim, Stage
+
+
+def stage(size: str) -> Stage:
+    return Stage(
+        name="keye.words", size=size, doc=__doc__,
+        model=Towers(SIZES[size].vision, TEXTS[size]),
+        start=["scratch"],
+        train={"vision_model.*": 1.0, "vision_model.head.*": 0.0, "text_model.embeddings.token_embedding.*": 1.0},
+        mix=[SourceSpec("regions", 1.0, "samples")],
+        objective=ObjectiveSpec("words"),
+        optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
+                    min_lr_ratio=0.05),
+        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=700),
+        precision="bf16", sharding="replicate",
+    )  # fmt: skip

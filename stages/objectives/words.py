@@ -1,0 +1,64 @@
+"""Every patch of a named region tells the words of its name: what teaches a tower from nothing in minutes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mm.batch import RegionBatch
+from stages.engine import flops
+from stages.objectives.objective import Objective, Terms, device_of, grids, most
+from stages.stage import Budget
+
+
+class Words(Objective):
+    """Sum over regions of `model.word_loss` / regions in the whole step.
+
+    After "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are the
+    tokens of its caption; here those of a phrase are asked of each patch that its box touches.
+    """
+
+    kind = "regions"
+
+    def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
+        return {"words": float(sum(len(b.regions) for b in batches))}
+
+    def accumulate(
+        self, model: Any, batches: Sequence[RegionBatch], denominators: dict[str, float],
+        phase: str = "main",
+    ) -> Terms:  # fmt: skip
+        device = device_of(model)
+        total, count = torch.zeros((), device=device), 0.0
+        weight = 1.0 / max(denominators["words"], 1e-9)
+        for i in range(most(batches, device)):
+            real = i < len(batches)
+            b = batches[i] if real else self.blank(model).to(device)
+            loss, n = model.word_loss(b.pixel_values, b.grid_thw, b.regions, b.input_ids, b.cu_seqlens)
+            (loss * weight * real).backward()
+            total, count = total + loss.detach() * real, count + n * real
+        return {"words": (total, count)}
+
+    def flops(self, model: Any, batches: Sequence[RegionBatch]) -> float:
+        return sum(flops.of_regions(model, b).training for b in batches)
+
+    def measure(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
+        patches = sum(b.pixel_values.shape[0] for b in batches)
+        return {**super().measure(batches), "tokens": patches // 4, "patches": patches}
+
+    def blank(self, model: Any) -> RegionBatch:
+        """One region of which nothing counts: what a rank with nothing left runs."""
+        return _regions(model, torch.tensor([[1, 2, 2]]))
+
+    def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> RegionBatch:
+        return _regions(model, grids(max(budget.visual_tokens, pieces), pieces))
+
+
+def _regions(model: Any, grid: torch.Tensor) -> RegionBatch:
+    """One region a picture, all of it."""
+    patch, rows = model.vision_model.config.patch_size, torch.arange(len(grid))
+    zero = torch.zeros_like(rows)
+    return RegionBatch(
+        input_ids=zero, cu_seqlens=torch.arange(len(grid) + 1, dtype=torch.int32),
+        pixel_values=torch.zeros(int(grid.prod(1).sum()), 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
+        regions=torch.stack([rows, zero, zero, grid[:, 1], grid[:, 2]], dim=1),
+    )  # fmt: skip
