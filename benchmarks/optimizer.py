@@ -53,7 +53,7 @@ def variant(a: argparse.Namespace, name: Name, lr: float | None, steps: int, see
         stage.optim, name=name, lr=lr or stage.optim.lr, warmup_steps=min(stage.optim.warmup_steps, steps // 2)
     )
     return replace(
-        stage, optim=optim, seed=seed, budget=replace(stage.budget, steps=steps),
+        stage, start=["scratch"], optim=optim, seed=seed, budget=replace(stage.budget, steps=steps),
         checkpoint=Checkpoints(every_steps=0), log=Log(tensorboard=False),
     ).check()  # fmt: skip
 

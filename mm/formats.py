@@ -26,7 +26,6 @@ from vision.text_tower import ContrastiveModel, TextConfig, TextTower
 from vision.vit import VisionConfig, VisionTower
 
 Model = Keye | ContrastiveModel
-NOT_STORED = {"attention", "activation_checkpointing", "positions"}
 SHARD_BYTES = 5_000_000_000
 # Parts of the published checkpoints that the model never uses.
 UNUSED = re.compile(r"visual\.vision_model\.(embeddings\.packing_position_embedding\.|head\.)")
@@ -37,8 +36,8 @@ HEAD = re.compile(r"vision_model\.head\.|text_model\.|logit_scale$|logit_bias$")
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Fields of a config that change what is computed (how it is computed, and from what a run began, is its own)."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
+    """Fields of a config that change what is computed (how it is computed is the run's business)."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("attention", "activation_checkpointing")}
 
 
 def config_to_hf(config: KeyeConfig) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def config_from_hf(data: dict[str, Any], *, where: str = "config.json") -> KeyeC
 
 
 def _pick(cls: Any, data: dict[str, Any], **more: Any) -> Any:
-    names = {f.name for f in dataclasses.fields(cls)} - NOT_STORED
+    names = {f.name for f in dataclasses.fields(cls)} - {"attention", "activation_checkpointing"}
     return cls(**{k: v for k, v in data.items() if k in names} | more)
 
 

@@ -5,7 +5,6 @@ Shape legend: L tokens, N patches, M pictures or clips, n = N / 4 visual tokens,
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -184,8 +183,7 @@ class Keye(nn.Module):
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
         for name, p in self.named_parameters():
             ours = name.startswith(("model.", "lm_head."))
-            tower = partial(siglip, positions=self.config.vision.positions)
-            yield name, (self._decoder_start if ours else tower)(name, p.shape, seed)
+            yield name, self._decoder_start(name, p.shape, seed) if ours else siglip(name, p.shape, seed)
 
     def _decoder_start(self, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
         """N(0, initializer_range); the matrices that write to the residual stream smaller by sqrt(2 * layers)."""

@@ -15,20 +15,9 @@ def stream(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, "init", name) % 2**63)
 
 
-def sincos(side: int, width: int, slowest: float = 100.0) -> torch.Tensor:
-    """fp32 [side * side, width]: sines and cosines of the row, then of the column, at width / 4 wavelengths from
-    2 pi to 2 pi * slowest cells (after Vaswani et al. 2017, on two axes; big_vision offers it for SigLIP)."""
-    frequencies = slowest ** -(torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(side)[:, None] * frequencies
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, width / 2]
-    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
-    return torch.cat([rows, columns], dim=2).reshape(side * side, width)
-
-
-def siglip(name: str, shape: torch.Size, seed: int, positions: str = "normal") -> torch.Tensor:
+def siglip(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """Start of a tower parameter, fp32 on the CPU, as SigLIP: xavier for attention and MLP, LeCun (truncated
-    normal) for other matrices, N(0, 1 / sqrt(width)) for tables, norms 1, biases 0, temperature 10.
-    `positions` "sincos": the picture's position table (square) is `sincos`."""
+    normal) for other matrices, N(0, 1 / sqrt(width)) for tables, norms 1, biases 0, temperature 10."""
     value, g = torch.empty(shape), stream(seed, name)
     part, _, kind = name.rpartition(".")
     part = part.rpartition(".")[2]
@@ -38,8 +27,6 @@ def siglip(name: str, shape: torch.Size, seed: int, positions: str = "normal") -
         return value.normal_(0.0, 1e-6, generator=g) if part in ("fc1", "fc2") else value.zero_()
     if "norm" in part:
         return value.fill_(1.0)
-    if part == "position_embedding" and "vision_model" in name and positions == "sincos":
-        return sincos(math.isqrt(shape[0]), shape[1])
     if part in ("position_embedding", "token_embedding"):
         return value.normal_(0.0, shape[-1] ** -0.5, generator=g)
     if part in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2") or kind in ("probe", "in_proj_weight"):

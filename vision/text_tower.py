@@ -172,7 +172,7 @@ class ContrastiveModel(nn.Module):
             if name == "logit_bias":
                 yield name, torch.full(p.shape, self.text_model.config.initial_bias)
             else:
-                yield name, siglip(name, p.shape, seed, self.vision_model.config.positions)
+                yield name, siglip(name, p.shape, seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -24,8 +24,6 @@ class VisionConfig:
     """Numbers of a tower. `image_size // patch_size` squared is the size of the position table.
 
     rope: 2D rotary embedding on top of the table (Keye yes, SigLIP no).
-    positions: what the table starts from where no weights are given: "normal", or "sincos", sines and cosines of
-        row and column, from which a place can be read from the first step on.
     segments: "clip" lets all frames of a clip attend to each other (Keye Preview), "frame" one frame (Keye 1.5).
     attention: auto, sdpa or flash. Raises UserError for numbers that cannot be a tower.
     """
@@ -39,7 +37,6 @@ class VisionConfig:
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
     rope: bool = True
-    positions: str = "normal"
     segments: str = "clip"
     attention: str = "auto"
     activation_checkpointing: bool = False
@@ -51,8 +48,6 @@ class VisionConfig:
             )
         if self.rope and self.head_dim % 4:
             raise UserError(f"vision: 2D rotary embedding needs a head of 4n numbers, not {self.head_dim}")
-        if self.positions not in ("normal", "sincos"):
-            raise UserError(f"vision: positions={self.positions!r} is not known; use normal or sincos")
         if self.segments not in ("clip", "frame"):
             raise UserError(f"vision: segments={self.segments!r} is not known; use clip or frame")
 

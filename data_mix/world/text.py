@@ -50,42 +50,21 @@ def _signs(truth: dict, lang: str) -> str:
 
 
 def caption(truth: dict, lang: str) -> str:
-    """'a large red glass ring from top right to top left slides left near a blue cube. then a small ... falls. the
-    sign says SALE.' Where it was and where it is go before the motion, so that the motion follows from them."""
+    """'a large red glass ring slides left near a blue cube. then a small ... falls. the sign says SALE.'"""
     return (_clip_caption if truth["events"] else _still_caption)(truth, lang) + _signs(truth, lang)
 
 
 def _clip_caption(truth: dict, lang: str) -> str:
     things, events = truth["things"], truth["events"]
-    near = [short(t, lang) for i, t in enumerate(things) if i not in [e["thing"] for e in events]]
-    acts = [(e["thing"], say(e["motion"], lang)) for e in events]
-    said = [f"{long(things[i], lang)} {path(truth, i, lang)} {motion}" for i, motion in acts]
+    acting = [e["thing"] for e in events]
+    near = [short(t, lang) for i, t in enumerate(things) if i not in acting]
     if lang == "zh":
-        first, *later = [s.replace(" ", "") for s in said]
-        beside = f"，旁边有{join(near, lang)}" if near else ""
-        return f"一个{first}{beside}。" + "".join(f"然后{s}。" for s in later)
-    beside = " near a " + join(near, lang).replace(", ", ", a ").replace(" and ", " and a ") if near else ""
-    return f"a {said[0]}{beside}." + "".join(f" then a {s}." for s in said[1:])
-
-
-_COLUMNS = {"en": ("left", "centre", "right"), "zh": ("左", "中", "右")}
-_ROWS = {"en": ("top", "middle", "bottom"), "zh": ("上", "中", "下")}
-
-
-def place(boxes: list[list[int]], truth: dict, lang: str) -> str:
-    """'top left': the ninth of the picture in which the middle of a thing's only part lies; 'nowhere' of none,
-    'two places' of two."""
-    if len(boxes) != 1:
-        return {"en": ("nowhere", "two places"), "zh": ("无", "两处")}[lang][len(boxes) > 0]
-    x, y = (boxes[0][0] + boxes[0][2]) / 2 / truth["width"], (boxes[0][1] + boxes[0][3]) / 2 / truth["height"]
-    column, row = _COLUMNS[lang][min(int(3 * x), 2)], _ROWS[lang][min(int(3 * y), 2)]
-    return column + row if lang == "zh" else f"{row} {column}"
-
-
-def path(truth: dict, i: int, lang: str) -> str:
-    """'from top left to top right': where thing i is in the first and in the last sampled frame."""
-    start, end = (place(truth["boxes"][at][i], truth, lang) for at in (0, -1))
-    return f"从{start}到{end}" if lang == "zh" else f"from {start} to {end}"
+        text = f"一个{long(things[0], lang)}{say(events[0]['motion'], lang)}"
+        text += (f"，旁边有{join(near, lang)}" if near else "") + "。"
+        return text + "".join(f"然后{long(things[e['thing']], lang)}{say(e['motion'], lang)}。" for e in events[1:])
+    text = f"a {long(things[0], lang)} {events[0]['motion']}"
+    text += (" near a " + join(near, lang).replace(", ", ", a ").replace(" and ", " and a ") if near else "") + "."
+    return text + "".join(f" then a {long(things[e['thing']], lang)} {e['motion']}." for e in events[1:])
 
 
 def left_to_right(truth: dict) -> list[int]:
@@ -105,8 +84,8 @@ def _still_caption(truth: dict, lang: str) -> str:
 def dense_caption(truth: dict, lang: str, random: np.random.Generator) -> str:
     """How many there are, then each thing in random order, found by its colour or its shape, with all the rest.
 
-    '2 things. the red thing: large glass ring, from top right to top left, slides left, first. the cube: small blue
-    wood, bottom left, still.' Nothing is said twice, so every word has to be looked up in the picture.
+    '2 things. the red thing: large glass ring, slides left, first. the cube: small blue wood, still.' Nothing is
+    said twice, so every word has to be looked up in the picture.
     """
     said = [_described(truth, i, lang, random) for i in random.permutation(len(truth["things"]))]
     return _counts(truth, lang) + ("" if lang == "zh" else " ").join(said) + _signs(truth, lang)
@@ -133,12 +112,9 @@ def _described(truth: dict, i: int, lang: str, random: np.random.Generator) -> s
     words = [("" if zh else " ").join(rest)]
     if truth["events"]:
         acts = [n for n, e in enumerate(truth["events"]) if e["thing"] == i]
-        words.append(path(truth, i, lang) if acts else place(truth["boxes"][0][i], truth, lang))
         words.append(say(truth["events"][acts[0]]["motion"], lang) if acts else ("不动" if zh else "still"))
         if acts and len(truth["events"]) > 1:
             words.append((("先", "后") if zh else ("first", "later"))[acts[0]])
-    else:
-        words.append(place(truth["boxes"][0][i], truth, lang))
     return f"{named}：{'，'.join(words)}。" if zh else f"{'' if not key else 'the '}{named}: {', '.join(words)}."
 
 

@@ -36,7 +36,7 @@ TEXTS = {
 }
 
 BUDGETS = {
-    "tiny": Budget(tokens=1024, visual_tokens=448, packs_per_step=2, steps=120),
+    "tiny": Budget(tokens=1024, visual_tokens=448, packs_per_step=2, steps=60),
     "small": Budget(tokens=16384, visual_tokens=16384, packs_per_step=8, steps=20_000),
     # 16,384 visual tokens (65,536 patches) x 128 packs x 60,000 steps = 0.5 T patches.
     "8b": Budget(tokens=16384, visual_tokens=16384, packs_per_step=128, steps=60_000),

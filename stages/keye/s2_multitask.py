@@ -13,11 +13,11 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 MIX = {
-    "vit_pairs": 0.03, "caption": 0.15, "ocr": 0.08, "grounding": 0.05, "counting": 0.12, "vqa": 0.04,
-    "interleaved": 0.01, "video_caption": 0.25, "video_qa": 0.14, "reorder": 0.005, "shop": 0.105, "text_chat": 0.02,
+    "vit_pairs": 0.02, "caption": 0.12, "ocr": 0.08, "grounding": 0.03, "counting": 0.12, "vqa": 0.02,
+    "interleaved": 0.01, "video_caption": 0.30, "video_qa": 0.18, "reorder": 0.005, "shop": 0.10, "text_chat": 0.015,
 }  # fmt: skip
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=550),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=800),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }

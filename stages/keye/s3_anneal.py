@@ -22,7 +22,7 @@ TEXT = {"text_chat": 1.0}
 # Shares of tokens by kind; the first is the published balance tilted to pictures, the second to video.
 MIXTURES = {"image": (0.74, 0.20, 0.06), "video": (0.44, 0.50, 0.06)}
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=80),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=60),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=4_000),
     "8b": Budget(tokens=131_072, visual_tokens=98_304, packs_per_step=32, steps=10_000),
 }

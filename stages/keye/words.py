@@ -5,7 +5,7 @@
 At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
 billions of pictures. Here it is trained from nothing on the world's `regions`: pictures whose caption names each
 thing and where it is, in the published grounding format. Every patch of a region predicts the words of its name,
-so a picture teaches at a hundred places and not at one; the sigmoid loss of s0_vit, alone, takes far longer.
+so a picture teaches at a hundred places and not at one (`benchmarks/tower.py` sets it against s0_vit alone).
 """
 
 from data_mix.mix import SourceSpec
@@ -24,6 +24,6 @@ def stage(size: str) -> Stage:
         objective=ObjectiveSpec("words"),
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                     min_lr_ratio=0.05),
-        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=700),
+        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=650),
         precision="bf16", sharding="replicate",
     )  # fmt: skip

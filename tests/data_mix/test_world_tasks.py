@@ -46,27 +46,6 @@ def test_every_source_opens_and_names_its_media(world):
             assert name != "text" or documents
 
 
-def test_clip_captions_say_where_things_begin_and_end():
-    """The places agree with the boxes of the first and the last sampled frame, and with the motion."""
-    truth = {
-        "width": 300, "height": 300, "things": [
-            {"colour": "red", "shape": "ring", "material": "wood", "size": "small"},
-            {"colour": "blue", "shape": "star", "material": "glass", "size": "large"},
-            {"colour": "green", "shape": "cube", "material": "metal", "size": "large"},
-        ], "signs": [], "events": [{"thing": 0, "motion": "falls"}, {"thing": 1, "motion": "splits"}],
-        "boxes": [[[[10, 10, 50, 50]], [[120, 130, 180, 190]], [[250, 10, 290, 50]]],
-                  [[[10, 250, 50, 290]], [[80, 130, 110, 170], [190, 130, 220, 170]], []]],
-    }  # fmt: skip
-    assert text.caption(truth, "en") == (
-        "a small red wood ring from top left to bottom left falls near a green cube. "
-        "then a large blue glass star from middle centre to two places splits."
-    )
-    assert text.caption(truth, "zh") == (
-        "一个小的红色木头圆环从左上到左下落下，旁边有绿色方块。然后大的蓝色玻璃星星从中中到两处分裂。"
-    )
-    assert text.path(truth, 2, "en") == "from top right to nowhere"
-
-
 def test_grounding_tags_hold_boxes_inside_the_frame():
     for i in range(30):
         made = stills.still_sample(0, "grounding", i)
