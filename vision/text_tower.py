@@ -4,6 +4,7 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343). 
 those of Hugging Face's SiglipModel.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -150,21 +151,25 @@ class ContrastiveModel(nn.Module):
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
     ) -> tuple[torch.Tensor, int]:  # fmt: skip
-        """(fp32 sum over regions, their number): each patch of a region is asked for the words of its name.
+        """(fp32 sum, number of regions and pictures): each patch of a region is asked for the words of its name,
+        and what lies in no region is to say nothing.
 
         regions: int64 [R, 5], see `region_patches`; input_ids int64 [L], cu_seqlens int32 [R + 1]: their names.
         A patch's logit for a word is its feature times that word's token embedding (the text tower's own table,
-        so hidden_size must equal the vision tower's); a region's loss is the mean over its patches of the cross
-        entropy against its name's distinct tokens, each weighing alike.
+        so hidden_size must equal the vision tower's). A region's loss is the mean over its patches of the cross
+        entropy against its name's distinct tokens, each weighing alike; a picture's is the mean over its patches
+        outside all regions of the divergence from all words alike (0 where there are none such).
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
+        logits = features @ self.text_model.embeddings.token_embedding.weight.to(features.dtype).T
+        logprobs = F.log_softmax(logits.float(), dim=-1)  # [N, V]
         rows, of = region_patches(regions, grid_thw)
-        logits = features[rows] @ self.text_model.embeddings.token_embedding.weight.to(features.dtype).T
-        logprobs = F.log_softmax(logits.float(), dim=-1)  # [K, V]
-        n = len(regions)
-        share = 1.0 / torch.bincount(of, minlength=n).float()  # [R], of one patch in its region
         wanted = word_targets(input_ids, cu_seqlens, logits.shape[-1])
-        return -((wanted[of] * logprobs).sum(-1) * share[of]).sum(), n
+        named = mean_of(-(wanted[of] * logprobs[rows]).sum(-1), of, len(regions))
+        bare = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill(0, rows, False)
+        picture = torch.arange(len(grid_thw), device=logits.device).repeat_interleave(grid_thw.prod(1))[bare]
+        silent = mean_of(-logprobs[bare].mean(-1) - math.log(logits.shape[-1]), picture, len(grid_thw))
+        return named.sum() + silent.sum(), len(regions) + len(grid_thw)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
@@ -193,6 +198,12 @@ def region_patches(regions: torch.Tensor, grid_thw: torch.Tensor) -> tuple[torch
         rows.append((starts[picture] + lines + torch.arange(left, right, device=device)).flatten())
     sizes = torch.tensor([len(r) for r in rows], device=device)
     return torch.cat(rows), torch.arange(len(rows), device=device).repeat_interleave(sizes)
+
+
+def mean_of(values: torch.Tensor, of: torch.Tensor, n: int) -> torch.Tensor:
+    """[K], int64 [K] -> [n]: the mean of the values of each of n groups, 0 of an empty one."""
+    count = torch.bincount(of, minlength=n).clamp(min=1)
+    return values.new_zeros(n).index_add(0, of, values) / count
 
 
 def word_targets(input_ids: torch.Tensor, cu_seqlens: torch.Tensor, vocab: int) -> torch.Tensor:

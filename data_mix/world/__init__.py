@@ -7,7 +7,8 @@
     items/item-0001{,-b}.jpg      the shop, two views each, with item-0001.json
     users.jsonl                   hidden taste, and what was watched and bought in order
     text/{text,text_chat}.jsonl   written descriptions, questions and answers
-    sources/FAMILY/               training samples as source folders (data_mix.shards)
+    sources/FAMILY/               training samples as source folders (data_mix.shards); those about videos hold,
+                                  besides the clips, silent ones of only the frames that a model samples
     eval/TASK.jsonl               rows of split seen, unseen (held-out pairs), train (for probes)
     kc/{subsets/TASK.tsv,images/,ceilings.json}   six tasks shaped like KC-MMBench
 

@@ -27,7 +27,7 @@ def imagined(random: np.random.Generator, *, moving: bool) -> dict[str, Any]:
     boxes = [[[10 + 60 * i, 20, 60 + 60 * i, 70]] for i in range(n)]
     events = []
     if moving:
-        for i in range(min(n, int(random.integers(1, 3)))):
+        for i in range(min(n, 1 + int(random.random() < 0.75))):
             t0 = 0.5 + 1.5 * i
             events.append({"thing": i, "motion": str(random.choice(MOTIONS)), "t0": t0, "t1": t0 + 1.5})
     signs = [{"text": draw_sign_text(random)}] if random.random() < 0.5 else []
@@ -96,7 +96,10 @@ def _drawn(seed: int, name: str) -> tuple[str, str, list[text.Turn]]:
             said = f"{text.dense_caption(truth, lang, random)}\n{said}"
     else:
         said, turns = (_shop_fact if kind < 0.94 else _gossip)(random, lang)
-    return lang, said, [turns[i] for i in random.permutation(len(turns))][: int(random.integers(1, 5))]
+    turns = [turns[i] for i in random.permutation(len(turns))]
+    if random.random() < 0.7:  # to repeat one of two named things takes practice
+        turns.sort(key=lambda t: t["type"] != "order")
+    return lang, said, turns[: int(random.integers(1, 5))]
 
 
 def document(seed: int, index: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_mix.shards import ShardWriter
 from data_mix.world import documents, kc, shop, stills, tasks
-from data_mix.world.truth import make_clip
+from data_mix.world.truth import make_brief, make_clip
 from data_mix.world.words import (
     CLASSES,
     COLOUR_SHAPE,
@@ -36,9 +36,11 @@ SOURCES = (*stills.FAMILIES, "regions", "video_caption", "video_qa", "reorder", 
 
 @dataclass(frozen=True)
 class WorldSize:
-    """How many of everything. `rows`: eval rows per task and split; `probe`: the same for split "train"."""
+    """How many of everything. `briefs`: silent training clips of the sampled frames alone, cheap and so many;
+    `rows`: eval rows per task and split; `probe`: the same for split "train"."""
 
     clips: int
+    briefs: int
     families: dict[str, int]
     shop: int
     text: int
@@ -61,9 +63,9 @@ def _families(n: int) -> dict[str, int]:
 
 
 WORLD_SIZES = {
-    "micro": WorldSize(12, _families(40), 3, 40, 12, 6, 4, 6, 6, 2, 3, 6),
-    "tiny": WorldSize(1600, _families(5000), 320, 3000, 6000, 240, 300, 130, 250, 100, 160, 300),
-    "full": WorldSize(4800, _families(15000), 960, 9000, 18000, 720, 900, 260, 500, 200, 200, 900),
+    "micro": WorldSize(12, 6, _families(40), 3, 40, 12, 6, 4, 6, 6, 2, 3, 6),
+    "tiny": WorldSize(1600, 3000, _families(5000), 320, 3000, 6000, 240, 300, 130, 250, 100, 160, 300),
+    "full": WorldSize(4800, 9000, _families(15000), 960, 9000, 18000, 720, 900, 260, 500, 200, 200, 900),
 }  # fmt: skip
 
 
@@ -75,6 +77,10 @@ def work(job: tuple) -> Any:
         frames, mp4, truth = make_clip(seed, name, hero, second=second)
         truth = {"id": name, "split": split, **truth, **shop.clip_meta(seed, name, number, truth)}
         return name, mp4, truth, tasks.named_frames(seed, name, frames, truth) if split == "train" else []
+    if kind == "brief":
+        name, hero, second, family = a
+        frames, mp4, truth = make_brief(seed, name, hero, second=second)
+        return name, mp4, tasks.clip_samples(seed, name, truth, family), tasks.named_frames(seed, name, frames, truth)
     if kind == "still":
         return stills.still_sample(seed, *a)
     if kind == "eval":
@@ -161,6 +167,18 @@ class _World:
             hero = truth["things"][0]
             self.train_clips.append({"id": result[0], "thing": hero})
             self._clip_rows("train", f"clips/train/{result[0]}.mp4", truth, self.size.probe)
+
+    def briefs_made(self) -> None:
+        n, families = self.size.briefs, ("video_caption", "video_qa")
+        second = rng(self.seed, "second", "brief").random(n) < self.size.shares["second"]
+        specs = tasks.clip_specs(self.seed, "brief", n, second.tolist())
+        jobs = [("brief", self.seed, *spec, families[i % 2]) for i, spec in enumerate(specs)]
+        for name, mp4, samples, named in self.crew.run(jobs):
+            for source, sample in samples.items():
+                if source != "reorder":
+                    self.sources[source].write(name, sample, {"mp4": mp4})
+            for key, sample, jpg in named:
+                self.sources["regions"].write(key, sample, {"0.jpg": jpg})
 
     def _clip_rows(self, split: str, media: str, truth: dict, limit: int) -> None:
         have = Counter(r["task"] for rows in self.rows.values() for r in rows if r["split"] == split)
@@ -298,7 +316,8 @@ def _jobs_in(size: WorldSize) -> int:
     tests = 2 * (size.rows // 2 + 2 * (size.rows - size.rows // 2))
     kc_jobs = 6 * (size.shop + 2 * size.kc_rows)
     texts = -(-size.text // 100) + -(-size.text_chat // 100)
-    return size.clips + tests + sum(size.families.values()) + 6 * size.rows + size.items + kc_jobs + texts
+    stills = sum(size.families.values()) + 6 * size.rows
+    return size.clips + size.briefs + tests + stills + size.items + kc_jobs + texts
 
 
 def _cores() -> int:
@@ -352,8 +371,8 @@ def _fill(root: Path, size: str, seed: int, workers: int, progress: Progress) ->
         with ExitStack() as stack:
             world = _World(root, WORLD_SIZES[size], seed, crew, stack)
             for part in (
-                world.train_clips_made, world.test_clips_made, world.train_stills_made, world.test_stills_made,
-                world.shop_made, world.kc_made, world.text_made,
+                world.train_clips_made, world.briefs_made, world.test_clips_made, world.train_stills_made,
+                world.test_stills_made, world.shop_made, world.kc_made, world.text_made,
             ):  # fmt: skip
                 part()
     finally:

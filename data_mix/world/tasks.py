@@ -50,9 +50,9 @@ class Deck:
 
 
 def clip_specs(seed: int, split: str, n: int, second: Sequence[bool]) -> list[tuple[str, Hero, bool]]:
-    """(name, hero, whether a second thing acts) of each clip; split: train | seen | unseen."""
+    """(name, hero, whether a second thing acts) of each clip; split: train | brief | seen | unseen."""
     deck, out = Deck(rng(seed, "deck", split)), []
-    start = {"train": 0, "seen": 500_000, "unseen": 600_000}[split]
+    start = {"train": 0, "brief": 100_000, "seen": 500_000, "unseen": 600_000}[split]
     for i in range(n):
         cells = TRAIN_HEROES if split != "unseen" else (UNSEEN_COLOUR, UNSEEN_MOTION)[i % 2]
         out.append((f"clip-{start + i:06d}", deck.draw(cells), second[i % len(second)]))
@@ -75,12 +75,14 @@ def caption_turn(truth: dict, lang: str, random: np.random.Generator) -> text.Tu
 
 
 def video_caption(truth: dict, random: np.random.Generator) -> dict:
-    """Half asked for in plain words, half a dense caption."""
+    """Half asked for in plain words, after who acts first where two do; half a dense caption."""
     lang = language(random)
-    turn = caption_turn(truth, lang, random)
+    turns = [caption_turn(truth, lang, random)]
     if random.random() < 0.5:
-        turn = {"type": "dense", "q": "", "a": text.dense_caption(truth, lang, random)}
-    return stills.conversation(_video(), [turn], "video_caption", {"lang": lang})
+        turns = [{"type": "dense", "q": "", "a": text.dense_caption(truth, lang, random)}]
+    elif len(truth["events"]) > 1:
+        turns.insert(0, text.order(truth, lang, random))
+    return stills.conversation(_video(), turns, "video_caption", {"lang": lang})
 
 
 def video_qa(truth: dict, random: np.random.Generator) -> dict:
@@ -148,7 +150,7 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
         samples["reorder"] = mixed
     facts = {
         "kind": "video", "width": truth["width"], "height": truth["height"], "frames": truth["frames"],
-        "fps": float(FPS), "seconds": truth["seconds"], "rotation": 0, "audio": True,
+        "fps": float(truth["fps"]), "seconds": truth["seconds"], "rotation": 0, "audio": truth["fps"] == FPS,
     }  # fmt: skip
     for s in samples.values():
         s["media"], s["meta"]["clip"] = {"mp4": facts}, name
@@ -156,9 +158,9 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
 
 
 def named_frames(seed: int, name: str, frames: list[np.ndarray], truth: dict) -> list[tuple[str, dict, bytes]]:
-    """(key, sample, jpg) of two sampled frames of a training clip as pictures with named regions."""
-    random, out = rng(seed, "regions", name), []
-    for k in sorted(random.choice(len(truth["sampled"]), 2, replace=False).tolist()):
+    """(key, sample, jpg) of one or two sampled frames of a training clip as pictures with named regions."""
+    random, out, most = rng(seed, "regions", name), [], 2 if truth["fps"] == FPS else 1
+    for k in sorted(random.choice(len(truth["sampled"]), most, replace=False).tolist()):
         still = {key: truth[key] for key in ("width", "height", "things", "signs")}
         still |= {"boxes": [truth["boxes"][k]], "seen": [truth["seen"][k]], "events": []}
         if sample := stills.regions_sample(still, language(random), random):

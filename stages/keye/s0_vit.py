@@ -1,6 +1,6 @@
 """Stage 0: the tower learns pictures of any shape, by matching them with their captions (sigmoid loss).
 
-    mm run keye.s0_vit --size tiny                                   2 cores, 2.5 minutes
+    mm run keye.s0_vit --size tiny                                   2 cores, a quarter of a minute
     torchrun ... -m stages.cli run keye.s0_vit --size 8b --siglip FOLDER --data vit_pairs=FOLDER
 
 Published (report 1, section 3): SigLIP-so400m-384-14 goes on at native resolution with interpolated positions

@@ -12,16 +12,17 @@ from stages.stage import Budget
 
 
 class Words(Objective):
-    """Sum over regions of `model.word_loss` / regions in the whole step.
+    """Sum over regions and pictures of `model.word_loss` / their number in the whole step.
 
     After "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are the
-    tokens of its caption; here those of a phrase are asked of each patch that its box touches.
+    tokens of its caption; here those of a phrase are asked of each patch that its box touches, and no word of the
+    patches that no box touches.
     """
 
     kind = "regions"
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
-        return {"words": float(sum(len(b.regions) for b in batches))}
+        return {"words": float(sum(len(b.regions) + len(b.grid_thw) for b in batches))}
 
     def accumulate(
         self, model: Any, batches: Sequence[RegionBatch], denominators: dict[str, float],

@@ -13,9 +13,11 @@ from PIL import Image
 
 from data_mix.shards import Source
 from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
-from data_mix.world.truth import truth_of
+from data_mix.world.truth import make_brief, make_clip, truth_of
 from data_mix.world.words import COLOUR_SHAPE, HELD_COLOUR_SHAPE
 from mm.common.seeds import rng
+from mm.sizes import PROCESSORS
+from vision.media import video_info
 
 _BOX = re.compile(
     r"<\|object_ref_start\|>(.+)<\|object_ref_end\|>"
@@ -183,3 +185,23 @@ def test_truth_is_plain_json():
     scene = still_scene(rng(0, "x"), [(COLOUR_SHAPE[0], {}), (COLOUR_SHAPE[7], {})], signs=["SALE"])
     truth = truth_of(Stage(scene, rng(0, "y")), [])
     assert json.loads(json.dumps(truth)) == truth and truth["signs"][0]["text"] == "SALE"
+
+
+def test_a_brief_clip_is_what_a_model_would_sample_of_the_whole_one():
+    """The same frames, boxes and events; the processor takes every frame of the file; no sound."""
+    hero = ("red", "ring", "slides left")
+    frames, _, whole = make_clip(3, "x", hero, second=True)
+    kept, mp4, truth = make_brief(3, "x", hero, second=True)
+    assert len(kept) == len(whole["sampled"]) == truth["frames"]
+    assert all(np.array_equal(frames[i], f) for i, f in zip(whole["sampled"], kept, strict=True))
+    assert all(truth[k] == whole[k] for k in ("things", "boxes", "seen", "signs"))
+    for a, b in zip(truth["events"], whole["events"], strict=True):
+        assert (a["thing"], a["motion"]) == (b["thing"], b["motion"])
+        # an event lies between the same sampled frames in both files
+        for k in ("t0", "t1"):
+            assert np.searchsorted(truth["times"], a[k]) == np.searchsorted(whole["times"], b[k])
+    sample = tasks.clip_samples(3, "x", truth, "video_caption")["video_caption"]
+    facts = sample["media"]["mp4"]
+    info = video_info(mp4)
+    assert (info.frames, info.fps) == (facts["frames"], facts["fps"]) and not facts["audio"]
+    assert len(PROCESSORS["tiny"].video_plan(info).indices) == len(kept)

@@ -1,9 +1,11 @@
 """Contrastive model and sigmoid loss against transformers' SiglipModel."""
 
 import importlib
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mm.common.errors import UserError
 from vision.text_tower import ContrastiveModel, TextConfig, TextTower, region_patches, sigmoid_loss
@@ -131,32 +133,38 @@ def test_a_region_is_the_patches_of_its_rectangle():
     assert [rows[of == k].tolist() for k in range(3)] == [w.tolist() for w in want]
 
 
-def test_word_loss_is_the_mean_cross_entropy_of_each_regions_patches():
-    """Against torch's cross entropy with soft targets, patch by patch; a token said twice counts once."""
+def test_word_loss_asks_regions_for_their_words_and_the_rest_for_none():
+    """Against torch's cross entropy with soft targets, patch by patch; a token said twice counts once, and a
+    picture that is covered whole has nothing to be silent about."""
     ours = model()
     ours.init_weights(0)
-    grids = torch.tensor([[1, 4, 4], [1, 2, 6]])
-    regions, texts = [[0, 0, 0, 2, 3], [1, 1, 2, 2, 6], [0, 1, 1, 4, 4]], [[5, 7], [9, 9, 3], [11]]
+    grids = torch.tensor([[1, 4, 4], [1, 2, 6], [1, 2, 2]])
+    regions = [[0, 0, 0, 2, 3], [1, 1, 2, 2, 6], [0, 1, 1, 4, 4], [2, 0, 0, 2, 2]]
+    texts = [[5, 7], [9, 9, 3], [11], [12]]
     batch = named(regions, texts, grids)
     loss, n = ours.word_loss(*batch)
     table = ours.text_model.embeddings.token_embedding.weight
-    features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 12])
+    features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 12, 4])
+    bare = [torch.ones(g[1], g[2], dtype=torch.bool) for g in grids.tolist()]
     want = 0.0
     for (p, top, left, bottom, right), text in zip(regions, texts, strict=True):
         target = torch.zeros(64)
         target[text] = 1 / len(set(text))
         inside = features[p].view(*grids[p, 1:].tolist(), -1)[top:bottom, left:right].flatten(0, 1)
-        want = want + torch.nn.functional.cross_entropy(inside @ table.T, target.expand(len(inside), -1))
-    assert n == 3 and torch.allclose(loss, want, atol=1e-5)
+        want = want + F.cross_entropy(inside @ table.T, target.expand(len(inside), -1))
+        bare[p][top:bottom, left:right] = False
+    assert [int(b.sum()) for b in bare] == [3, 8, 0]
+    for p in (0, 1):
+        logprobs = F.log_softmax(features[p][bare[p].flatten()] @ table.T, dim=-1)
+        alike = torch.full_like(logprobs, 1 / 64)
+        want = want + F.kl_div(logprobs, alike, reduction="batchmean")
+    assert n == 7 and torch.allclose(loss, want, atol=1e-4)
 
 
-def test_only_the_words_of_a_region_are_asked_of_it():
-    """Another name for one region changes no logit's gradient outside it; patches outside all regions get none."""
+def test_silence_is_where_all_words_are_alike():
+    """Features of nothing cost nothing outside the regions and log 64 inside."""
     ours = model()
     ours.init_weights(0)
-    batch = named([[0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4], [1, 2, 2]]))
-    features = {}
-    ours.vision_model.register_forward_hook(lambda m, i, o: features.update(out=o) or o.retain_grad())
-    ours.word_loss(*batch)[0].backward()
-    touched = features["out"].grad.abs().sum(1).nonzero().flatten().tolist()
-    assert touched == [0, 1, 4, 5]
+    ours.text_model.embeddings.token_embedding.weight.data.zero_()
+    loss, n = ours.word_loss(*named([[0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))
+    assert n == 2 and loss.item() == pytest.approx(math.log(64), abs=1e-5)
