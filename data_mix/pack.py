@@ -34,8 +34,8 @@ class PackPlan:
     Args:
         token_budget: tokens per pack at most (of kind "pairs": text tokens).
         visual_budget: merged visual tokens per pack at most (patches / merge_size ** 2).
-        alike: packs of one step. They are put together with nearly the same number of visual tokens, the costliest,
-            so that no rank waits long for another.
+        alike: packs of one step. Those beside each other within a step have nearly the same number of visual tokens,
+            the costliest, so that no rank waits long for another.
         kind: "packs" of whole conversations; "pairs" of one picture or clip and its caption, whose text is cut at
             `max_text` tokens; "regions" of one picture each, named in its caption (`data_mix.regions`).
     Attributes:
@@ -172,11 +172,15 @@ class PackPlan:
         made = [[draws[i] for i in p] for p in packs]
         random = rng(self.seed, "packs", window)
         made = [made[k] for k in random.permutation(len(made))]
-        ready = -first % self.alike  # these end the step that the window before began
-        rest = sorted(made[ready:], key=lambda pack: sum(self.size(d)[1] for d in pack))
+        ready = -first % self.alike  # so many end the step that the window before began
+        ends, rest = (sorted(part, key=self._visual) for part in (made[:ready], made[ready:]))
         steps = [rest[k : k + self.alike] for k in range(0, len(rest), self.alike)]
         whole = len(rest) // self.alike
-        return made[:ready] + [p for k in [*random.permutation(whole), *range(whole, len(steps))] for p in steps[k]]
+        order = [*random.permutation(whole), *range(whole, len(steps))]
+        return ends + [pack for k in order for pack in steps[k]]
+
+    def _visual(self, pack: list[Draw]) -> int:
+        return sum(self.size(d)[1] for d in pack)
 
     def efficiency(self, packs: int | None = None) -> dict[str, float]:
         """Share of each budget that the first `packs` packs fill (default: whole windows, 200 packs or more),

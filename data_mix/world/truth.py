@@ -44,8 +44,8 @@ def make_clip(
 def make_brief(
     seed: int, name: str, hero: tuple[str, str, str], *, second: bool
 ) -> tuple[list[np.ndarray], bytes, dict]:
-    """As `make_clip`, but only the sampled frames are drawn, and no sound: a third of the work for what a model
-    that samples two frames a second sees anyway. The truth's times are those of the shorter file."""
+    """As `make_clip`, but only the sampled frames are drawn, and no sound: less work for what a model that samples
+    two frames a second sees anyway. The truth's times are those of this file."""
     s = motion.clip_scene(hero, rng(seed, "motion", name), second=second)
     stage = Stage(s, rng(seed, "look", name))
     frames, truth = [stage.frame(int(i)) for i in s.sampled], truth_of(stage, [])
