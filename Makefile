@@ -1,4 +1,4 @@
-# make quickstart   install, train the four stages at tiny size, evaluate, write the report   (18 minutes on two cores)
+# make quickstart   install, train the four stages at tiny size, evaluate, write the report   (14 minutes on two cores)
 # make full         the same pipeline, longer                                               (over an hour)
 # make test         install, lint, type-check, fast tests          make test-slow   the long truths
 SHELL := /bin/bash
