@@ -172,6 +172,8 @@ class PackPlan:
         made = [[draws[i] for i in p] for p in packs]
         random = rng(self.seed, "packs", window)
         made = [made[k] for k in random.permutation(len(made))]
+        if self.alike == 1:
+            return made
         ready = -first % self.alike  # so many end the step that the window before began
         ends, rest = (sorted(part, key=self._visual) for part in (made[:ready], made[ready:]))
         steps = [rest[k : k + self.alike] for k in range(0, len(rest), self.alike)]
