@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -231,6 +232,8 @@ def test_an_interrupted_process_leaves_no_worker(tmp_path, how):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "s")], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        assert ready, "no step in a minute: has one of the first packs a picture that hangs?"
         assert process.stdout.readline() == b"step\n"
         workers = psutil.Process(process.pid).children()
         process.send_signal(how)
