@@ -40,8 +40,8 @@ from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
 
 STAGES: dict[str, Callable[[str], Stage]] = {
+    "keye.words": words.stage,  # before text: the report's graph then has the tower's road in one row
     "keye.text": text.stage,
-    "keye.words": words.stage,
     "keye.s0_vit": s0_vit.stage,
     "keye.s1_align": s1_align.stage,
     "keye.s2_multitask": s2_multitask.stage,
