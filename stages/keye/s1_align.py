@@ -1,6 +1,6 @@
 """Stage 1: only the projector trains; it learns to say in the decoder's words what the tower sees.
 
-    mm run keye.s1_align --size tiny                                 2 cores, about half a minute
+    mm run keye.s1_align --size tiny                                 2 cores, a quarter of a minute
     torchrun ... -m stages.cli run keye.s1_align --size 8b --qwen3 FOLDER --data caption=FOLDER ...
 
 Published: the 2x2-merge MLP starts from random weights, tower and Qwen3-8B are frozen, large-scale cross-modal

@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a decoder that knows the world's language before it sees anything.
 
-    mm run keye.text --size tiny                                     2 cores, 1.5 minutes
+    mm run keye.text --size tiny                                     2 cores, about a minute
 
 At small and 8b this stage does not exist: the decoder is a local Qwen3 folder (`--qwen3 FOLDER`). Here it is
 trained from nothing on the bundled world's text: scenes described in words, and questions answered from the

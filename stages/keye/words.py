@@ -1,11 +1,12 @@
 """Preparatory stage, tiny only: a tower that knows the world's words at each place of a picture.
 
-    mm run keye.words --size tiny                                    2 cores, about 2 minutes
+    mm run keye.words --size tiny                                    2 cores, 2.5 minutes
 
 At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
 billions of pictures. Here it is trained from nothing on the world's `regions`: pictures whose caption names each
 thing and where it is, in the published grounding format. Every patch of a region predicts the words of its name,
-so a picture teaches at a hundred places and not at one (`benchmarks/tower.py` sets it against s0_vit alone).
+and what lies in no region says nothing, so a picture teaches at a hundred places and not at one
+(`benchmarks/tower.py` sets it against s0_vit alone).
 """
 
 from data_mix.mix import SourceSpec
