@@ -5,7 +5,7 @@
 
 Published (report 1, section 3): SigLIP-so400m-384-14 goes on at native resolution with interpolated positions
 and 2-D RoPE, the text tower also from SigLIP, about 500 B tokens. Not published, so ours: learning rates,
-batch, temperature start. At tiny both towers start from nothing.
+batch, temperature start. At tiny the tower comes from `keye.words`, the text tower starts from nothing.
 """
 
 from dataclasses import dataclass
