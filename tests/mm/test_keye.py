@@ -208,7 +208,7 @@ def test_fresh_weights_depend_on_seed_and_names_alone(keye_config):
 
 
 def test_fresh_weights_have_the_published_scale():
-    """The tower as SigLIP starts, the decoder N(0, 0.02) with smaller writers to the residual stream."""
+    """The tower as SigLIP but for its places, the decoder N(0, 0.02), smaller where it writes to the stream."""
     model = Keye(SIZES["tiny"])
     model.init_weights(0)
     std = {n: p.std().item() for n, p in model.named_parameters() if p.numel() > 1}
@@ -217,7 +217,7 @@ def test_fresh_weights_have_the_published_scale():
     assert std["model.embed_tokens.weight"] == pytest.approx(wide, rel=0.05)
     assert std["model.layers.1.self_attn.o_proj.weight"] == pytest.approx(wide / (2 * layers) ** 0.5, rel=0.05)
     tower = "visual.vision_model."
-    assert std[f"{tower}embeddings.position_embedding.weight"] == pytest.approx(128**-0.5, rel=0.05)
+    assert std[f"{tower}embeddings.position_embedding.weight"] == pytest.approx(0.35 * 0.5**0.5, rel=0.05)
     assert std[f"{tower}embeddings.patch_embedding.weight"] == pytest.approx(588**-0.5, rel=0.05)
     assert std[f"{tower}encoder.layers.0.self_attn.q_proj.weight"] == pytest.approx(128**-0.5, rel=0.05)
     assert 0 < std[f"{tower}encoder.layers.0.mlp.fc1.bias"] < 1e-5

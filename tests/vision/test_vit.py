@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mm.common.attention import rotate
 from mm.common.errors import UserError
+from vision.init import LESS, NEAR
+from vision.init import siglip as siglip_start
 from vision.vit import VisionConfig, VisionTower, normalise, row_column
 
 CONFIG = VisionConfig(
@@ -173,3 +176,40 @@ def test_impossible_numbers(bad):
 def test_patches_and_grids_must_agree():
     with pytest.raises(UserError, match="23 patches given, the grids speak of 24"):
         VisionTower(CONFIG)(torch.zeros(23, 48), torch.tensor([[1, 4, 6]]))
+
+
+def test_attention_starts_by_looking_at_what_is_alike_and_near():
+    """Fresh towers: queries are keys, values and output cancel to -LESS, half the heads prefer their own place;
+    nothing is shared between layers."""
+    tower = VisionTower(CONFIG)
+    with torch.no_grad():
+        for name, p in tower.named_parameters():
+            p.copy_(siglip_start(f"vision_model.{name}", p.shape, 5))
+    attention = [layer.self_attn for layer in tower.encoder.layers]
+    half = CONFIG.hidden_size // 2
+    for a in attention:
+        assert torch.equal(a.q_proj.weight, a.k_proj.weight) and torch.equal(a.q_proj.bias, a.k_proj.bias)
+        assert (a.q_proj.bias[:half] == NEAR).all() and not a.q_proj.bias[half:].any()
+        assert torch.allclose(a.out_proj.weight @ a.v_proj.weight, -LESS * torch.eye(CONFIG.hidden_size), atol=1e-5)
+    first, second = attention[:2]
+    assert not torch.allclose(first.q_proj.weight, second.q_proj.weight, atol=1e-2)
+    assert not torch.allclose(first.v_proj.weight, second.v_proj.weight, atol=1e-2)
+    grid = torch.tensor([[1, 6, 6]])
+    q = attention[0].q_proj.bias.view(1, CONFIG.num_attention_heads, -1).expand(36, -1, -1)
+    q = rotate(q, *tower._rope(grid))
+    scores = torch.einsum("ihd,jhd->hij", q, q)
+    near = scores[: CONFIG.num_attention_heads // 2]
+    assert (near.argmax(-1) == torch.arange(36)).all() and not scores[CONFIG.num_attention_heads // 2 :].any()
+
+
+def test_places_start_alike_where_they_are_near():
+    """Of every place of the table its four neighbours are the likest, and rows and columns tell it apart."""
+    table = siglip_start("vision_model.embeddings.position_embedding.weight", torch.Size([64, 128]), 0)
+    assert table.unique(dim=0).shape[0] == 64
+    alike = F.normalize(table - table.mean(0), dim=1) @ F.normalize(table - table.mean(0), dim=1).T
+    row, column = torch.arange(64) // 8, torch.arange(64) % 8
+    steps = (row[:, None] - row).abs() + (column[:, None] - column).abs()
+    means = [alike[steps == k].mean().item() for k in range(5)]
+    assert means == sorted(means, reverse=True) and means[1] > 0.7 > 0.3 > means[4]
+    text = siglip_start("text_model.embeddings.position_embedding.weight", torch.Size([64, 128]), 0)
+    assert text.std().item() == pytest.approx(128**-0.5, rel=0.05)
