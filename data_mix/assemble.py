@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from data_mix.decode import DecodePool, Job
-from data_mix.media_plan import first_media, frames_shape, pair_ids, video_plan
+from data_mix.media_plan import first_media, frames_shape, pair_ids, shown, video_plan
 from data_mix.mix import Draw
 from data_mix.pack import PackPlan
-from data_mix.regions import in_patches, named_boxes, phrase_ids
+from data_mix.regions import in_patches, named_regions, phrase_ids
 from data_mix.sample import media_parts, suffix_of
 from mm.batch import Batch, PairBatch, RegionBatch
 from mm.common.errors import BadSample
@@ -107,9 +107,12 @@ class Assembler:
         texts, regions = [], []
         for row, (p, frames) in enumerate(zip(kept, pictures, strict=True)):
             _, height, width = self.processor.frames_grid(frames)
-            for phrase, box in named_boxes(p.sample):
-                texts.append(phrase_ids(phrase, self.tokenizer, self.plan.max_text))
-                regions.append((row, *in_patches(box, height, width)))
+            plan = shown(first_media(p.sample), p.sample, self.processor)
+            for region in named_regions(p.sample):
+                ids = phrase_ids(region.phrase, self.tokenizer, self.plan.max_text)
+                for frame in region.frames(plan):
+                    texts.append(ids)
+                    regions.append((row, frame, *in_patches(region.box, height, width)))
         batch = RegionBatch(
             **_joined(texts), **self._patches(pictures), draws=[p.name for p in kept],
             regions=torch.tensor(regions, dtype=torch.int64),

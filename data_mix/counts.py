@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_mix.media_plan import first_media, pair_ids, part_grid, picture
-from data_mix.regions import named_boxes, phrase_ids
+from data_mix.media_plan import first_media, only_media, pair_ids, part_grid, shown
+from data_mix.regions import named_regions, phrase_ids
 from data_mix.shards import Source
 from mm.common.errors import BadSample, UserError
 from mm.common.files import write_atomic
@@ -25,7 +25,7 @@ from mm.prompt import sample_tokens
 from mm.tokenizer import Tokenizer
 
 BAD = -1
-CODE_VERSION = 1  # part of the hash: raise it when the same data gives other counts than before
+CODE_VERSION = 2  # part of the hash: raise it when the same data gives other counts than before
 
 
 @dataclass
@@ -50,8 +50,12 @@ def sample_counter(
         return len(pair_ids(sample, tokenizer, max_text)), visual
 
     def regions(sample: dict[str, Any]) -> tuple[int, int]:
-        names = [phrase_ids(phrase, tokenizer, max_text) for phrase, _ in named_boxes(sample)]
-        return sum(map(len, names)), processor.tokens(part_grid(picture(sample), sample, processor))
+        part = only_media(sample)
+        grid, plan = part_grid(part, sample, processor), shown(part, sample, processor)
+        named = [(len(phrase_ids(r.phrase, tokenizer, max_text)), len(r.frames(plan))) for r in named_regions(sample)]
+        if not sum(frames for _, frames in named):
+            raise BadSample("no frame shown of this clip is within the times of its named regions")
+        return sum(length * frames for length, frames in named), processor.tokens(grid)
 
     return {"packs": packs, "pairs": pairs, "regions": regions}[kind]
 

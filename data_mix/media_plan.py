@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from data_mix.sample import media_parts
+from data_mix.sample import media_parts, suffix_of
 from mm.common.errors import BadSample
 from mm.processor import Processor, VideoPlan
 from mm.prompt import media_grids
@@ -19,6 +19,14 @@ def video_plan(facts: dict[str, Any], processor: Processor) -> VideoPlan:
         return processor.video_plan(info)
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise BadSample("the media facts of a video are incomplete") from e
+
+
+def shown(part: dict[str, Any], sample: dict[str, Any], processor: Processor) -> VideoPlan | None:
+    """The plan of a clip part, with the frames that it names alone; None of a picture. Raises BadSample."""
+    if part["type"] == "image":
+        return None
+    plan = video_plan((sample.get("media") or {}).get(suffix_of(part)) or {}, processor)
+    return plan.reordered(part["frames"]) if "frames" in part else plan
 
 
 def frames_shape(part: dict[str, Any], sample: dict[str, Any], processor: Processor) -> tuple[int, int, int]:
@@ -54,11 +62,11 @@ def first_media(sample: dict[str, Any]) -> dict[str, Any]:
     raise BadSample("no media to pair with the caption")
 
 
-def picture(sample: dict[str, Any]) -> dict[str, Any]:
-    """The one image part of a sample whose caption names regions. Raises BadSample for anything else."""
+def only_media(sample: dict[str, Any]) -> dict[str, Any]:
+    """The one picture or clip of a sample whose caption names regions. Raises BadSample for anything else."""
     parts = list(media_parts(sample["messages"]))
-    if len(parts) != 1 or parts[0]["type"] != "image":
-        raise BadSample("regions are named in one picture; this sample has other media")
+    if len(parts) != 1:
+        raise BadSample("regions are named in one picture or clip; this sample has other media")
     return parts[0]
 
 

@@ -37,7 +37,7 @@ class PackPlan:
         alike: packs of one step. Those beside each other within a step have nearly the same number of visual tokens,
             the costliest, so that no rank waits long for another.
         kind: "packs" of whole conversations; "pairs" of one picture or clip and its caption, whose text is cut at
-            `max_text` tokens; "regions" of one picture each, named in its caption (`data_mix.regions`).
+            `max_text` tokens; "regions" of one picture or clip each, named in its caption (`data_mix.regions`).
     Attributes:
         refused: BadSample per sample that can never be drawn (unreadable, or larger than a budget), by name.
         turns: {(source, sample): messages kept} of the conversations whose last exchanges are left out, whole,

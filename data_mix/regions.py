@@ -1,35 +1,67 @@
-"""Named regions of a picture, as the published grounding format writes them (facts: report 1, section 3.2).
+"""Named regions of a picture or clip, as the published grounding format writes them (facts: report 1, section 3.2).
 
 `<|object_ref_start|>red ball<|object_ref_end|><|box_start|>[[x1,y1,x2,y2], ...]<|box_end|>`, and the same with
-`ocr_text` around what a sign says; coordinates in [0, 1000).
+`ocr_text` around what a sign says; coordinates in [0, 1000). In a clip a span of seconds,
+`<|clip_time_start|>[0.0,0.5]<|clip_time_end|>`, says when the boxes that follow it are right.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from data_mix.media_plan import caption_of
 from mm.common.errors import BadSample
+from mm.processor import VideoPlan
 from mm.tokenizer import Tokenizer
 
 Box = tuple[int, int, int, int]
-_NAMED = re.compile(
-    r"<\|(object_ref|ocr_text)_start\|>([^<]+)<\|\1_end\|>\s*<\|box_start\|>\s*(\[\[[^<]*\]\])\s*<\|box_end\|>"
+_PART = re.compile(
+    r"<\|clip_time_start\|>(?P<span>[^<]*)<\|clip_time_end\|>"
+    r"|<\|(?P<tag>object_ref|ocr_text)_start\|>(?P<phrase>[^<]+)<\|(?P=tag)_end\|>\s*"
+    r"<\|box_start\|>\s*(?P<boxes>\[\[[^<]*\]\])\s*<\|box_end\|>"
 )
 _BOX = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\]")
+_SPAN = re.compile(r"\s*\[\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\]\s*")
 
 
-def named_boxes(sample: dict[str, Any]) -> list[tuple[str, Box]]:
-    """(phrase, (x1, y1, x2, y2) in thousandths) of every region that the caption names, in its order.
-    Raises BadSample where there is none, or one that is no box."""
-    found = []
-    for _, phrase, boxes in _NAMED.findall(caption_of(sample)):
-        corners: list[Box] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in _BOX.findall(boxes)]
+@dataclass(frozen=True)
+class Region:
+    """`box`: (x1, y1, x2, y2) in thousandths; `span`: the seconds [from, to) in which it is right, None for all."""
+
+    phrase: str
+    box: Box
+    span: tuple[float, float] | None = None
+
+    def frames(self, plan: VideoPlan | None) -> list[int]:
+        """The places, among the frames shown of a clip (of a picture: None), at which it is right."""
+        if plan is None:
+            return [0]
+        start, end = self.span or (0.0, float("inf"))
+        return [i for i, t in enumerate(plan.times.tolist()) if start <= t < end]
+
+
+def named_regions(sample: dict[str, Any]) -> list[Region]:
+    """Every region that the caption names, in its order.
+    Raises BadSample where there is none, or one that is no box or no span."""
+    found, span = [], None
+    for part in _PART.finditer(caption_of(sample)):
+        if part["span"] is not None:
+            span = _span(part["span"])
+            continue
+        corners: list[Box] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in _BOX.findall(part["boxes"])]
         if not corners or any(x1 >= x2 or y1 >= y2 or max(x2, y2) > 1000 for x1, y1, x2, y2 in corners):
             raise BadSample("a named region is no box in 0 to 1000")
-        found += [(phrase.strip(), box) for box in corners]
+        found += [Region(part["phrase"].strip(), box, span) for box in corners]
     if not found:
         raise BadSample("the caption names no region")
     return found
+
+
+def _span(text: str) -> tuple[float, float]:
+    match = _SPAN.fullmatch(text)
+    if not match or not float(match[1]) < float(match[2]):
+        raise BadSample("the time of a named region is no [start,end] in seconds")
+    return float(match[1]), float(match[2])
 
 
 def in_patches(box: Box, rows: int, columns: int) -> Box:

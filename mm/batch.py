@@ -66,11 +66,11 @@ class PairBatch:
 
 @dataclass
 class RegionBatch:
-    """Pictures with phrases that name what is in some of their regions.
+    """Pictures and clips with phrases that name what is in some of their regions.
 
-    Shapes (R regions, L text tokens, N patches, M pictures): input_ids int64 [L]; cu_seqlens int32 [R + 1];
-    pixel_values uint8 [N, 3 * patch * patch]; grid_thw int64 [M, 3]; regions int64 [R, 5]: which row of the grid,
-    then top, left, bottom, right in patches, the last two exclusive.
+    Shapes (R regions, L text tokens, N patches, M pictures and clips): input_ids int64 [L]; cu_seqlens int32 [R + 1];
+    pixel_values uint8 [N, 3 * patch * patch]; grid_thw int64 [M, 3]; regions int64 [R, 6]: which row of the grid,
+    which of its frames, then top, left, bottom, right in patches, the last two exclusive.
     """
 
     input_ids: torch.Tensor

@@ -10,7 +10,6 @@ from vision.vit import VisionConfig
 TINY = KeyeConfig(
     vision=VisionConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=112,
-        segments="frame",
     ),
     decoder=DecoderConfig(
         vocab_size=2048, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6,

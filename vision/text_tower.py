@@ -151,13 +151,13 @@ class ContrastiveModel(nn.Module):
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
     ) -> tuple[torch.Tensor, int]:  # fmt: skip
-        """(fp32 sum, number of regions and pictures): each patch of a region is asked for the words of its name,
-        and what lies in no region is to say nothing.
+        """(fp32 sum, number of regions and frames, a picture being one): each patch of a region is asked for the
+        words of its name, and what lies in no region is to say nothing.
 
-        regions: int64 [R, 5], see `region_patches`; input_ids int64 [L], cu_seqlens int32 [R + 1]: their names.
+        regions: int64 [R, 6], see `region_patches`; input_ids int64 [L], cu_seqlens int32 [R + 1]: their names.
         A patch's logit for a word is its feature times that word's token embedding (the text tower's own table,
         so hidden_size must equal the vision tower's). A region's loss is the mean over its patches of the cross
-        entropy against its name's distinct tokens, each weighing alike; a picture's is the mean over its patches
+        entropy against its name's distinct tokens, each weighing alike; a frame's is the mean over its patches
         outside all regions of the divergence from all words alike (0 where there are none such).
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
@@ -167,9 +167,10 @@ class ContrastiveModel(nn.Module):
         wanted = word_targets(input_ids, cu_seqlens, logits.shape[-1])
         named = mean_of(-(wanted[of] * logprobs[rows]).sum(-1), of, len(regions))
         bare = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill(0, rows, False)
-        picture = torch.arange(len(grid_thw), device=logits.device).repeat_interleave(grid_thw.prod(1))[bare]
-        silent = mean_of(-logprobs[bare].mean(-1) - math.log(logits.shape[-1]), picture, len(grid_thw))
-        return named.sum() + silent.sum(), len(regions) + len(grid_thw)
+        sizes = grid_thw[:, 1:].prod(1).repeat_interleave(grid_thw[:, 0])
+        frame = torch.arange(len(sizes), device=logits.device).repeat_interleave(sizes)[bare]
+        silent = mean_of(-logprobs[bare].mean(-1) - math.log(logits.shape[-1]), frame, len(sizes))
+        return named.sum() + silent.sum(), len(regions) + len(sizes)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
@@ -189,12 +190,14 @@ class ContrastiveModel(nn.Module):
 def region_patches(regions: torch.Tensor, grid_thw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(row of the packed patches, region) of every patch of every region, int64 [K] each.
 
-    regions int64 [R, 5]: row of the grid, then top, left, bottom, right in patches, the last two exclusive.
+    regions int64 [R, 6]: row of the grid, its frame, then top, left, bottom, right in patches, the last two
+    exclusive.
     """
     starts, device = (grid_thw.prod(1).cumsum(0) - grid_thw.prod(1)).tolist(), regions.device
-    widths, rows = grid_thw[:, 2].tolist(), []
-    for picture, top, left, bottom, right in regions.tolist():
-        lines = torch.arange(top, bottom, device=device)[:, None] * widths[picture]
+    grids, rows = grid_thw.tolist(), []
+    for picture, frame, top, left, bottom, right in regions.tolist():
+        _, height, width = grids[picture]
+        lines = (frame * height + torch.arange(top, bottom, device=device)[:, None]) * width
         rows.append((starts[picture] + lines + torch.arange(left, right, device=device)).flatten())
     sizes = torch.tensor([len(r) for r in rows], device=device)
     return torch.cat(rows), torch.arange(len(rows), device=device).repeat_interleave(sizes)

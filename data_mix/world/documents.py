@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data_mix.world import shop, text
+from data_mix.world import kc, shop, text
 from data_mix.world.scene import draw_sign_text
-from data_mix.world.words import COLOURS, MATERIALS, MOTIONS, SHAPES, SIZES, full_phrase, phrase, say
+from data_mix.world.stills import numbered
+from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, MOTIONS, SHAPES, SIZES, full_phrase, phrase, say
 from mm.common.seeds import rng
 
 _ALL = tuple(itertools.product(COLOURS, SHAPES))
@@ -109,8 +110,47 @@ def document(seed: int, index: int) -> dict[str, Any]:
     return {"messages": [{"role": "text", "content": "\n".join(lines)}], "family": "text", "meta": {"lang": lang}}
 
 
+_SHOP = {"CPV": 0.1, "Video_Topic": 0.15, "Video_Order": 0.15, "PornComment": 0.2, "High_like": 0.25, "SPU": 0.15}
+_SIDES = {"en": (" on the left.", " in the middle.", " on the right."), "zh": ("在左边。", "在中间。", "在右边。")}
+
+
+def told(lang: str) -> kc.Shot:
+    """What stands for a camera in `kc`: (a caption, its truth), nothing drawn. A place asked for is said."""
+
+    def shot(random, things: list, *, signs: list[str] | None = None, **_: Any) -> tuple[str, dict[str, Any]]:
+        full = [t if isinstance(t[1], dict) else (t, {}) for t in things]
+        drawn = [
+            {"colour": pair[0], "shape": pair[1], "material": fixed.get("material") or str(random.choice(MATERIALS)),
+             "size": fixed.get("size") or str(random.choice(SIZES))} for pair, fixed in full
+        ]  # fmt: skip
+        places = [[[60 * int(x), 20, 60 * int(x) + 50, 70]] for x in random.permutation(len(drawn))]
+        truth = {"things": drawn, "events": [], "signs": [{"text": t} for t in signs or []], "boxes": [places]}
+        said, x = text.caption(truth, lang), full[0][1].get("x")
+        if x is not None:
+            said = said.rstrip(".。") + _SIDES[lang][round(2 * x)]
+        return said, truth
+
+    return shot
+
+
+def _in_words(seed: int, index: int) -> dict[str, Any]:
+    """A question of KC-MMBench's shape whose pictures are told."""
+    random = rng(seed, "text", f"shop-{index:06d}")
+    lang = "zh" if random.random() < 0.5 else "en"
+    task = str(random.choice(list(_SHOP), p=list(_SHOP.values())))
+    row = kc.MAKERS[task](told(lang), random, lang, COLOUR_SHAPE, int(random.integers(12)))
+    parts = iter(row["images"])
+    said = "".join(p.get("text") or next(parts) + "\n" for p in numbered(len(row["images"]), lang))
+    return {"messages": [{"role": "user", "content": said + row["question"]},
+                         {"role": "assistant", "content": row["answer"]}],
+            "family": "text_chat", "meta": {"lang": lang, "task": task}}  # fmt: skip
+
+
 def chat(seed: int, index: int) -> dict[str, Any]:
-    """The same as a conversation: the description in the first question."""
+    """The same as a conversation: the description in the first question. One in three asks what a shop or a video
+    site asks (`kc`)."""
+    if index % 3 == 2:
+        return _in_words(seed, index)
     lang, said, turns = _drawn(seed, f"chat-{index:06d}")
     messages: list[dict] = []
     for i, t in enumerate(turns):

@@ -1,7 +1,7 @@
 """Six tasks in the shape of KC-MMBench: covers and product pictures as images, then one question.
 
 Each maker returns {"question", "answer", "images": [jpg], "meta"}; `pairs` are the (colour, shape) pairs its heroes
-may have: those of training, or the held-out ones.
+may have: those of training, or the held-out ones; `shot` takes the pictures (`picture`), or tells them in words.
 """
 
 import json
@@ -25,6 +25,7 @@ from data_mix.world.words import (
 from mm.common.seeds import rng
 
 Pairs = Sequence[Pair]
+Shot = Callable[..., tuple[Any, dict]]  # (random, things, signs=, size=, scale=, limit=) -> (picture or words, truth)
 # The Chinese suffix is KC-MMBench's own (published format); the English one says the same.
 SUFFIX = {
     "zh": "\n请直接给出结论，回答是或者否，不需要做额外分析，并且不许回答不确定",
@@ -39,21 +40,23 @@ def _size(random: np.random.Generator) -> tuple[int, int]:
     return _COVER[int(random.integers(3))]
 
 
-def _cover(random, pair: Pair, *, others: int = 1, sign: str | None = None, **fixed: Any) -> tuple[bytes, dict]:
+def _cover(
+    shot: Shot, random, pair: Pair, *, others: int = 1, sign: str | None = None, **fixed: Any
+) -> tuple[Any, dict]:
     """The cover of a video about one large thing, `others` small ones beside it."""
     things: list = [(pair, {"size": "large", **fixed})]
     taken = [pair]
     for _ in range(others):
         taken.append(any_pair(random, without=[p for p in COLOUR_SHAPE if p in taken or p[1] == pair[1]]))
         things.append((taken[-1], {"size": "small"}))
-    return picture(random, things, signs=[sign] if sign else [], size=_size(random), scale=1.05)
+    return shot(random, things, signs=[sign] if sign else [], size=_size(random), scale=1.05)
 
 
-def _item(random, pair: Pair, material: str, size: str = "large") -> tuple[bytes, dict]:
-    return picture(random, [(pair, {"material": material, "size": size})], size=_size(random), scale=1.3)
+def _item(shot: Shot, random, pair: Pair, material: str, size: str = "large") -> tuple[Any, dict]:
+    return shot(random, [(pair, {"material": material, "size": size})], size=_size(random), scale=1.3)
 
 
-def _row(question: str, answer: str, shots: list[tuple[bytes, dict]], **meta: Any) -> dict[str, Any]:
+def _row(question: str, answer: str, shots: list[tuple[Any, dict]], **meta: Any) -> dict[str, Any]:
     return {"question": question, "answer": answer, "images": [j for j, _ in shots],
             "meta": {**meta, "truths": [t for _, t in shots]}}  # fmt: skip
 
@@ -62,13 +65,13 @@ def _yes(answer: bool, lang: str) -> str:
     return say("yes" if answer else "no", lang)
 
 
-def cpv(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
+def cpv(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     """Two attributes of a product; the title tells one of them, the picture the other."""
     pair = any_pair(random, pairs=pairs)
     thing = {"colour": pair[0], "shape": pair[1], "material": str(random.choice(MATERIALS)), "size": "large"}
     keys = list(random.permutation(["colour", "shape", "material"])[:2])
     told = keys[int(random.integers(2))] if random.random() < 0.6 else "size"
-    shot = _item(random, pair, thing["material"])
+    made = _item(shot, random, pair, thing["material"])
     title = shop.item_title(thing, lang, random, [told])
     names = [say(k, lang) for k in keys]
     options = "；".join(
@@ -80,17 +83,17 @@ def cpv(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
         options = "; ".join(f"{k}: {', '.join(_VALUES[k])}" for k in keys)
         question = f"Product title: {title}\nGive the attributes. Allowed values: {options}\nAnswer in JSON."
     values = {n: say(thing[k], lang) for k, n in zip(keys, names, strict=True)}
-    return _row(question, json.dumps(values, ensure_ascii=False), [shot], pair=pair, told=told, keys=keys)
+    return _row(question, json.dumps(values, ensure_ascii=False), [made], pair=pair, told=told, keys=keys)
 
 
-def video_topic(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
+def video_topic(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     """Covers of three videos: have the second and the third the topic (the main thing's shape) of the first?"""
     pair = any_pair(random, pairs=pairs)
     wanted = [bool(target & 1), bool(target & 2)]
-    shots = [_cover(random, pair)]
+    shots = [_cover(shot, random, pair)]
     for same in wanted:
         pool = [p for p in COLOUR_SHAPE if (p[1] == pair[1]) == same and (p[0] != pair[0] or not same)]
-        shots.append(_cover(random, any_pair(random, pairs=pool)))
+        shots.append(_cover(shot, random, any_pair(random, pairs=pool)))
     if lang == "zh":
         question = (
             "三个视频的封面如上，主题是最大的东西的形状。视频2和视频3与视频1主题相同吗？依次回答是或否，用_连接。"
@@ -104,7 +107,7 @@ def video_topic(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
-def video_order(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
+def video_order(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     """Three episodes of a series, shuffled: the sign counts, or things grow in number, or the hero walks right."""
     pair, material = any_pair(random, pairs=pairs), str(random.choice(MATERIALS))
     kind = ("sign", "number", "walk")[int(random.integers(3))]
@@ -113,12 +116,13 @@ def video_order(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     for i in range(3):
         if kind == "sign":
             text = f"第{first + i}集" if lang == "zh" else f"EP {first + i}"
-            episodes.append(_cover(random, pair, others=int(random.integers(0, 2)), sign=text, material=material))
+            others = int(random.integers(0, 2))
+            episodes.append(_cover(shot, random, pair, others=others, sign=text, material=material))
         elif kind == "number":
-            episodes.append(_crowd(random, pair, material, i + 1))
+            episodes.append(_crowd(shot, random, pair, material, i + 1))
         else:
-            shot = [(pair, {"material": material, "size": "large", "x": 0.05 + 0.45 * i})]
-            episodes.append(picture(random, shot, size=_size(random), scale=0.9))
+            hero = [(pair, {"material": material, "size": "large", "x": 0.05 + 0.45 * i})]
+            episodes.append(shot(random, hero, size=_size(random), scale=0.9))
     order = _ORDERS[target % 6]  # shown position k holds episode order[k]
     answer = "[" + ", ".join(f"Video {order.index(i) + 1}" for i in range(3)) + "]"
     rule = {
@@ -133,21 +137,21 @@ def video_order(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     return _row(question, answer, [episodes[i] for i in order], pair=pair, kind=kind)
 
 
-def _crowd(random, pair: Pair, material: str, n: int) -> tuple[bytes, dict]:
+def _crowd(shot: Shot, random, pair: Pair, material: str, n: int) -> tuple[Any, dict]:
     while True:
         fixed = {"material": material, "size": "small"}
-        jpg, truth = picture(random, [(pair, fixed)] * n, size=_size(random), limit=0.1)
+        made, truth = shot(random, [(pair, fixed)] * n, size=_size(random), limit=0.1)
         if len(truth["things"]) == n:
-            return jpg, truth
+            return made, truth
 
 
-def rude_comment(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
+def rude_comment(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     """Is the comment rude? Half by its words alone; half only given what the cover shows.
 
     The rule for the second kind stands in the question: to call what the video shows ugly is rude.
     """
     pair, rude = any_pair(random, pairs=pairs), bool(target & 1)
-    shot = _cover(random, pair)
+    made = _cover(shot, random, pair)
     by_words = random.random() < 0.5
     if by_words:
         nice, bad = (shop.NICE_ZH, shop.RUDE_ZH) if lang == "zh" else (shop.NICE, shop.RUDE)
@@ -156,20 +160,20 @@ def rude_comment(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]
     else:
         shown = pair
         if not rude:
-            there = [(t["colour"], t["shape"]) for t in shot[1]["things"]]
+            there = [(t["colour"], t["shape"]) for t in made[1]["things"]]
             shown = any_pair(random, without=[p for p in COLOUR_SHAPE if p in there or p[1] == pair[1]])
         p = phrase(*shown, lang)
         comment = f"{p}真丑" if lang == "zh" else f"{p} is ugly"
-    part = say(shot[1]["things"][0]["material"], lang)
+    part = say(made[1]["things"][0]["material"], lang)
     if lang == "zh":
         question = f"标题：{part}的一天\n评论：{comment}\n骂人，或说视频里的东西丑，就是不当评论。这条评论不当吗？"
     else:
         question = (f"Title: a {part} day\nComment: {comment}\nRude words, or calling a thing in the video ugly, "
                     "make a comment rude. Is this comment rude?")  # fmt: skip
-    return _row(question + SUFFIX[lang], _yes(rude, lang), [shot], pair=pair, by_words=by_words)
+    return _row(question + SUFFIX[lang], _yes(rude, lang), [made], pair=pair, by_words=by_words)
 
 
-def high_like(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
+def high_like(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     """More than 1000 likes? A hidden rule of colour, shape and sign, plus noise: the ceiling is Bayes'."""
     wanted = bool(target & 1)
     while True:
@@ -178,16 +182,16 @@ def high_like(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
         n = shop.likes(points, random)
         if (n > 1000) == wanted:
             break
-    shot = _cover(random, pair, sign=draw_sign_text(random) if sign else None)
-    part = say(shot[1]["things"][0]["material"], lang)
+    made = _cover(shot, random, pair, sign=draw_sign_text(random) if sign else None)
+    part = say(made[1]["things"][0]["material"], lang)
     if lang == "zh":
         question = f"标题：{part}的故事\n看封面，这个视频的点赞超过1000吗？"
     else:
         question = f"Title: a {part} story\nBy its cover, does this video get more than 1000 likes?"
-    return _row(question + SUFFIX[lang], _yes(wanted, lang), [shot], pair=pair, likes=n, sign=sign)
+    return _row(question + SUFFIX[lang], _yes(wanted, lang), [made], pair=pair, likes=n, sign=sign)
 
 
-def spu(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
+def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
     """Two pictures: the same product (colour, shape, material)? A no differs in exactly one attribute."""
     pair, material, same = any_pair(random, pairs=pairs), str(random.choice(MATERIALS)), bool(target & 1)
     other, stuff, attribute = pair, material, "none"
@@ -196,7 +200,7 @@ def spu(random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
         other, stuff = change_one(random, pair, material, attribute)
     thing = {"colour": pair[0], "shape": pair[1], "material": material, "size": "large"}
     titles = [shop.item_title(thing, lang, random, []) for _ in range(2)]
-    shots = [_item(random, pair, material), _item(random, other, stuff)]
+    shots = [_item(shot, random, pair, material), _item(shot, random, other, stuff)]
     if random.random() < 0.5:
         shots.reverse()
     if lang == "zh":
@@ -216,7 +220,7 @@ def kc_row(seed: int, task: str, split: str, index: int) -> dict[str, Any]:
     random = rng(seed, "kc", task, split, index)
     lang = "zh" if index % 2 == 0 else "en"
     pairs = HELD_COLOUR_SHAPE if split == "unseen" else COLOUR_SHAPE
-    return {**MAKERS[task](random, lang, pairs, index // 2), "lang": lang, "split": split, "task": task}
+    return {**MAKERS[task](picture, random, lang, pairs, index // 2), "lang": lang, "split": split, "task": task}
 
 
 def ceilings(pairs: Pairs = COLOUR_SHAPE) -> dict[str, float]:

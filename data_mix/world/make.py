@@ -31,7 +31,7 @@ from mm.common.progress import Progress
 from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
-SOURCES = (*stills.FAMILIES, "regions", "video_caption", "video_qa", "reorder", "shop", "text", "text_chat")
+SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "reorder", "shop", "text", "text_chat")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class WorldSize:
     clips: int
     briefs: int
     families: dict[str, int]
-    shop: int
+    shop: dict[str, int]
     text: int
     text_chat: int
     items: int
@@ -57,15 +57,21 @@ class WorldSize:
 
 def _families(n: int) -> dict[str, int]:
     shares = {
-        "caption": 44, "vit_pairs": 60, "ocr": 24, "grounding": 12, "counting": 30, "vqa": 18, "interleaved": 5,
+        "caption": 44, "vit_pairs": 60, "ocr": 24, "grounding": 12, "counting": 30, "vqa": 18, "interleaved": 10,
     }  # fmt: skip
     return {k: max(3, n * v // 100) for k, v in shares.items()}
 
 
+def _shop(n: int) -> dict[str, int]:
+    """Training rows of each KC task: the more the less one row tells."""
+    shares = {"CPV": 1.5, "Video_Topic": 2, "Video_Order": 2, "PornComment": 1.5, "High_like": 4, "SPU": 3}
+    return {task: int(n * share) for task, share in shares.items()}
+
+
 WORLD_SIZES = {
-    "micro": WorldSize(12, 6, _families(40), 3, 40, 12, 6, 4, 6, 6, 2, 3, 6),
-    "tiny": WorldSize(1600, 3000, _families(5000), 320, 3000, 6000, 240, 300, 130, 250, 100, 160, 300),
-    "full": WorldSize(4800, 9000, _families(15000), 960, 9000, 18000, 720, 900, 260, 500, 200, 200, 900),
+    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 6, 4, 6, 6, 2, 3, 6),
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 240, 300, 130, 250, 100, 160, 300),
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 720, 900, 260, 500, 200, 200, 900),
 }  # fmt: skip
 
 
@@ -79,8 +85,8 @@ def work(job: tuple) -> Any:
         return name, mp4, truth, tasks.named_frames(seed, name, frames, truth) if split == "train" else []
     if kind == "brief":
         name, hero, second, family = a
-        frames, mp4, truth = make_brief(seed, name, hero, second=second)
-        return name, mp4, tasks.clip_samples(seed, name, truth, family), tasks.named_frames(seed, name, frames, truth)
+        _, mp4, truth = make_brief(seed, name, hero, second=second)
+        return name, mp4, tasks.clip_samples(seed, name, truth, family)
     if kind == "still":
         return stills.still_sample(seed, *a)
     if kind == "eval":
@@ -173,12 +179,10 @@ class _World:
         second = rng(self.seed, "second", "brief").random(n) < self.size.shares["second"]
         specs = tasks.clip_specs(self.seed, "brief", n, second.tolist())
         jobs = [("brief", self.seed, *spec, families[i % 2]) for i, spec in enumerate(specs)]
-        for name, mp4, samples, named in self.crew.run(jobs):
+        for name, mp4, samples in self.crew.run(jobs):
             for source, sample in samples.items():
                 if source != "reorder":
                     self.sources[source].write(name, sample, {"mp4": mp4})
-            for key, sample, jpg in named:
-                self.sources["regions"].write(key, sample, {"0.jpg": jpg})
 
     def _clip_rows(self, split: str, media: str, truth: dict, limit: int) -> None:
         have = Counter(r["task"] for rows in self.rows.values() for r in rows if r["split"] == split)
@@ -261,7 +265,7 @@ class _World:
 
     def kc_made(self) -> None:
         tables: dict[str, list[list]] = {t: [] for t in kc.TASKS}
-        jobs = [("kc", self.seed, t, "train", i) for i in range(self.size.shop) for t in kc.TASKS]
+        jobs = [("kc", self.seed, t, "train", i) for t in kc.TASKS for i in range(self.size.shop[t])]
         jobs += [("kc", self.seed, t, s, i) for s in SPLITS for i in range(self.size.kc_rows) for t in kc.TASKS]
         for job, row in zip(jobs, self.crew.run(jobs), strict=True):
             task, split, number = job[2:]
@@ -308,13 +312,13 @@ class _World:
             "sources": {n: len(w) for n, w in self.sources.items()}, "items": len(self.items),
             "users": self.size.users,
             "eval": {t: dict(Counter(r["split"] for r in rows)) for t, rows in self.rows.items()},
-            "kc": {"per_task_and_split": self.size.kc_rows, "train": min(self.size.kc_probe, self.size.shop)},
+            "kc": {"per_task_and_split": self.size.kc_rows, "train": self.size.kc_probe},
         }  # fmt: skip
 
 
 def _jobs_in(size: WorldSize) -> int:
     tests = 2 * (size.rows // 2 + 2 * (size.rows - size.rows // 2))
-    kc_jobs = 6 * (size.shop + 2 * size.kc_rows)
+    kc_jobs = sum(size.shop.values()) + 12 * size.kc_rows
     texts = -(-size.text // 100) + -(-size.text_chat // 100)
     stills = sum(size.families.values()) + 6 * size.rows
     return size.clips + size.briefs + tests + stills + size.items + kc_jobs + texts

@@ -319,13 +319,23 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
 
 
 def regions_sample(truth: dict[str, Any], lang: str, random: np.random.Generator) -> dict[str, Any] | None:
-    """The sample "0.jpg" of a picture as a document that names everything plain to see by colour, material and
+    """The sample "0.jpg" of a picture as an answer that names everything plain to see by colour, material and
     shape, and what a sign says, each with its box; None where nothing is plain to see."""
-    at = zip(truth["things"], truth["boxes"][0], truth["seen"][0], strict=True)
-    named = [located(unsized(t, lang), [thousand(b, truth) for b in boxes]) for t, boxes, seen in at if seen >= 0.5]
-    said = [sign_box(s, truth, lang)["a"] for s in truth["signs"]]
-    if not named + said:
+    named = regions_in(truth, 0, [unsized(t, lang) for t in truth["things"]], lang)
+    if not named:
         return None
-    turn = {"type": "regions", "q": "", "a": "".join([named[i] for i in random.permutation(len(named))] + said)}
+    turn = regions_turn("".join(named[i] for i in random.permutation(len(named))), lang)
     sample = conversation(numbered(1, lang), [turn], "regions", {"lang": lang, "truths": [truth]})
     return {**sample, "media": media_facts([truth])}
+
+
+def regions_turn(answer: str, lang: str) -> Turn:
+    return {"type": "regions", "q": "框出所有东西。" if lang == "zh" else "Box everything.", "a": answer}
+
+
+def regions_in(truth: dict[str, Any], k: int, names: list[str], lang: str) -> list[str]:
+    """At sampled frame k: every thing that is plain to see by its name in `names`, and every sign, each with its
+    boxes."""
+    at = zip(names, truth["boxes"][k], truth["seen"][k], strict=True)
+    named = [located(name, [thousand(b, truth) for b in boxes]) for name, boxes, seen in at if seen >= 0.5]
+    return named + [sign_box(s, truth, lang)["a"] for s in truth["signs"]]

@@ -17,6 +17,7 @@ from data_mix.world.words import (
     SHAPE_MOTION,
     SHAPES,
     held_out,
+    say,
 )
 from mm.common.seeds import rng
 
@@ -145,6 +146,8 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     """{source: sample} of a training clip; `family`: video_caption or video_qa."""
     random = rng(seed, "talk", name)
     samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
+    if truth["fps"] != FPS:
+        samples["tracks"] = named_clip(seed, name, truth)
     mixed = reorder(truth, rng(seed, "reorder", name))
     if mixed:
         samples["reorder"] = mixed
@@ -157,10 +160,44 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     return samples
 
 
+def _acting(truth: dict, i: int, k: int, shown: list[int], lang: str) -> str:
+    """'red wood ring falls passing', without 'passing' where it stands in another of the shown frames as in frame
+    k, 'red wood ring still' of what never acts."""
+    words = [stills.unsized(truth["things"][i], lang), text.still(lang)]
+    for e in truth["events"]:
+        if e["thing"] == i:
+            words[1:] = [say(e["motion"], lang)]
+            if not any(_same_place(truth, i, k, other) for other in shown if other != k):
+                words.append("经过" if lang == "zh" else "passing")
+    return ("" if lang == "zh" else " ").join(words)
+
+
+def _same_place(truth: dict, i: int, a: int, b: int) -> bool:
+    """Whether thing i looks the same in sampled frames a and b, to a thirtieth of the short side."""
+    before, after = truth["boxes"][a][i], truth["boxes"][b][i]
+    if len(before) != len(after) or not before:
+        return False
+    return float(np.abs(np.subtract(before, after)).max()) <= min(truth["width"], truth["height"]) / 30
+
+
+def named_clip(seed: int, name: str, truth: dict, frames: int = 3) -> dict:
+    """Some frames of a brief clip, evenly spread, with everything plain to see in each, called by what it is, what
+    it does, and whether it is where it is in that frame alone."""
+    lang, half = language(rng(seed, "tracks", name)), 0.5 / truth["fps"]
+    shown = np.linspace(0, len(truth["times"]) - 1, frames).round().astype(int).tolist()
+    lines = []
+    for k in shown:
+        t = truth["times"][k]
+        names = [_acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
+        span = f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
+        lines.append(span + "".join(stills.regions_in(truth, k, names, lang)))
+    return stills.conversation(_video(shown), [stills.regions_turn("\n".join(lines), lang)], "tracks", {"lang": lang})
+
+
 def named_frames(seed: int, name: str, frames: list[np.ndarray], truth: dict) -> list[tuple[str, dict, bytes]]:
     """(key, sample, jpg) of one or two sampled frames of a training clip as pictures with named regions."""
-    random, out, most = rng(seed, "regions", name), [], 2 if truth["fps"] == FPS else 1
-    for k in sorted(random.choice(len(truth["sampled"]), most, replace=False).tolist()):
+    random, out = rng(seed, "regions", name), []
+    for k in sorted(random.choice(len(truth["sampled"]), 2, replace=False).tolist()):
         still = {key: truth[key] for key in ("width", "height", "things", "signs")}
         still |= {"boxes": [truth["boxes"][k]], "seen": [truth["seen"][k]], "events": []}
         if sample := stills.regions_sample(still, language(random), random):

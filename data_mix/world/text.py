@@ -32,6 +32,11 @@ def short(thing: dict, lang: str) -> str:
     return phrase(thing["colour"], thing["shape"], lang)
 
 
+def still(lang: str) -> str:
+    """What a thing does that does nothing."""
+    return "不动" if lang == "zh" else "still"
+
+
 def long(thing: dict, lang: str) -> str:
     return full_phrase(thing["colour"], thing["shape"], thing["material"], thing["size"], lang)
 
@@ -112,7 +117,7 @@ def _described(truth: dict, i: int, lang: str, random: np.random.Generator) -> s
     words = [("" if zh else " ").join(rest)]
     if truth["events"]:
         acts = [n for n, e in enumerate(truth["events"]) if e["thing"] == i]
-        words.append(say(truth["events"][acts[0]]["motion"], lang) if acts else ("不动" if zh else "still"))
+        words.append(say(truth["events"][acts[0]]["motion"], lang) if acts else still(lang))
         if acts and len(truth["events"]) > 1:
             words.append((("先", "后") if zh else ("first", "later"))[acts[0]])
     return f"{named}：{'，'.join(words)}。" if zh else f"{'' if not key else 'the '}{named}: {', '.join(words)}."

@@ -1,5 +1,6 @@
 """From a stage's page to a finished run: tokenizer, weights to start from, data, then the engine."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from mm.keye import Keye, KeyeConfig
 from mm.processor import Processor
 from mm.sizes import PROCESSORS
 from mm.template import DEFAULT_SYSTEM
-from mm.tokenizer import Tokenizer
+from mm.tokenizer import ANSWER, Tokenizer
 from stages import objectives
 from stages.engine.train import train
 from stages.stage import Stage
@@ -63,7 +64,9 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> Path:
 
 
 def texts_of(folders: Iterable[Path]) -> Iterator[str]:
-    """All that is said in these source folders, with what the template says around it."""
+    """All that is said in these source folders, with what the template says around it, without the marks that are
+    tokens of their own."""
+    marks = re.compile("|".join(map(re.escape, sorted(ANSWER))))
     for folder in folders:
         source = Source(folder)
         for i in range(len(source)):
@@ -74,7 +77,7 @@ def texts_of(folders: Iterable[Path]) -> Iterator[str]:
                 yield f"{message['role']}\n"
                 content = message["content"]
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-                yield from (p["text"] for p in parts if p["type"] == "text")
+                yield from (t for p in parts if p["type"] == "text" for t in marks.split(p["text"]) if t)
 
 
 def tokenizer_of(stage: Stage, means: Means) -> Tokenizer:

@@ -13,8 +13,8 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 MIX = {
-    "vit_pairs": 0.02, "caption": 0.12, "ocr": 0.08, "grounding": 0.03, "counting": 0.12, "vqa": 0.02,
-    "interleaved": 0.01, "video_caption": 0.30, "video_qa": 0.18, "reorder": 0.005, "shop": 0.10, "text_chat": 0.015,
+    "vit_pairs": 0.02, "caption": 0.10, "ocr": 0.07, "grounding": 0.02, "counting": 0.11, "vqa": 0.02,
+    "interleaved": 0.03, "video_caption": 0.26, "video_qa": 0.14, "reorder": 0.005, "shop": 0.21, "text_chat": 0.015,
 }  # fmt: skip
 BUDGETS = {
     "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=520),

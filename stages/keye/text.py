@@ -20,6 +20,6 @@ def stage(size: str) -> Stage:
         mix=[SourceSpec("text", 0.2), SourceSpec("text_chat", 0.8)],
         optim=Optim(name="muon", lr=2e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                     decay_share=0.4),
-        budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=250),
+        budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=320),
         precision="bf16", sharding="replicate",
     )  # fmt: skip

@@ -3,10 +3,10 @@
     mm run keye.words --size tiny                                    2 cores, 2.5 minutes
 
 At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
-billions of pictures. Here it is trained from nothing on the world's `regions`: pictures whose caption names each
-thing and where it is, in the published grounding format. Every patch of a region predicts the words of its name,
-and what lies in no region says nothing, so a picture teaches at a hundred places and not at one
-(`benchmarks/tower.py` sets it against s0_vit alone).
+billions of pictures. Here it is trained from nothing on the world's `regions` and `tracks`: pictures and clips whose
+answer names each thing, where it is and, in a clip, what it does, in the published grounding format. Every patch of
+a region predicts the words of its name, and what lies in no region says nothing, so a picture teaches at a hundred
+places and not at one (`benchmarks/tower.py` sets it against s0_vit alone).
 """
 
 from data_mix.mix import SourceSpec
@@ -21,10 +21,10 @@ def stage(size: str) -> Stage:
         model=Towers(SIZES[size].vision, TEXTS[size]),
         start=["scratch"],
         train={"vision_model.*": 1.0, "vision_model.head.*": 0.0, "text_model.embeddings.token_embedding.*": 1.0},
-        mix=[SourceSpec("regions", 1.0, "samples")],
+        mix=[SourceSpec("regions", 0.62, "samples"), SourceSpec("tracks", 0.38, "samples")],
         objective=ObjectiveSpec("words"),
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                     min_lr_ratio=0.05),
-        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=600),
+        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=760),
         precision="bf16", sharding="replicate",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from stages.stage import Budget
 
 
 class Words(Objective):
-    """Sum over regions and pictures of `model.word_loss` / their number in the whole step.
+    """Sum over regions and frames (a picture is one) of `model.word_loss` / their number in the whole step.
 
     After "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are the
     tokens of its caption; here those of a phrase are asked of each patch that its box touches, and no word of the
@@ -22,7 +22,7 @@ class Words(Objective):
     kind = "regions"
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
-        return {"words": float(sum(len(b.regions) + len(b.grid_thw) for b in batches))}
+        return {"words": float(sum(len(b.regions) + int(b.grid_thw[:, 0].sum()) for b in batches))}
 
     def accumulate(
         self, model: Any, batches: Sequence[RegionBatch], denominators: dict[str, float],
@@ -61,5 +61,5 @@ def _regions(model: Any, grid: torch.Tensor) -> RegionBatch:
     return RegionBatch(
         input_ids=zero, cu_seqlens=torch.arange(len(grid) + 1, dtype=torch.int32),
         pixel_values=torch.zeros(int(grid.prod(1).sum()), 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
-        regions=torch.stack([rows, zero, zero, grid[:, 1], grid[:, 2]], dim=1),
+        regions=torch.stack([rows, zero, zero, zero, grid[:, 1], grid[:, 2]], dim=1),
     )  # fmt: skip

@@ -9,11 +9,15 @@ import torch
 from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
-from data_mix.regions import in_patches, named_boxes
+from data_mix.regions import Region, in_patches, named_regions
 from data_mix.shards import ShardWriter
-from data_mix.world.stills import regions_sample, still_sample
+from data_mix.world.stills import regions_sample, still_sample, thousand
+from data_mix.world.tasks import named_clip
+from data_mix.world.truth import make_brief
 from mm.common.errors import BadSample
-from tests.data_mix.made import image_facts, picture
+from mm.processor import Processor
+from tests.data_mix.made import clip, image_facts, picture
+from vision.media import VideoInfo
 
 
 def ref(name, *boxes):
@@ -28,9 +32,27 @@ def document(text, *media):
 def test_phrases_and_boxes_are_read_in_order():
     sign = "<|ocr_text_start|>SALE<|ocr_text_end|> <|box_start|>[[1,2,30,40]]<|box_end|>"
     text = f"here: {ref('red ball', [0, 10, 500, 1000])} and {sign}{ref('cube', [1, 1, 2, 2], [5, 5, 9, 9])}."
-    assert named_boxes(document(text)) == [
-        ("red ball", (0, 10, 500, 1000)), ("SALE", (1, 2, 30, 40)), ("cube", (1, 1, 2, 2)), ("cube", (5, 5, 9, 9)),
+    assert named_regions(document(text)) == [
+        Region("red ball", (0, 10, 500, 1000)), Region("SALE", (1, 2, 30, 40)),
+        Region("cube", (1, 1, 2, 2)), Region("cube", (5, 5, 9, 9)),
     ]  # fmt: skip
+
+
+def span(start, end):
+    return f"<|clip_time_start|>[{start},{end}]<|clip_time_end|>"
+
+
+def test_a_span_of_time_goes_with_the_boxes_after_it():
+    text = ref("sign", [0, 0, 9, 9]) + span(0, "0.75") + ref("ball", [1, 1, 5, 5]) + span(" 0.5", "2 ") + "\n"
+    found = named_regions(document(text + ref("ball", [2, 2, 6, 6])))
+    assert [(r.phrase, r.span) for r in found] == [("sign", None), ("ball", (0.0, 0.75)), ("ball", (0.5, 2.0))]
+    shown = Processor(video_fps=2).video_plan(VideoInfo(
+        width=112, height=112, frames=6, fps=2.0, seconds=3.0, rotation=0, audio=False))  # fmt: skip
+    assert shown.times.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert [r.frames(shown) for r in found] == [[0, 1, 2, 3, 4, 5], [0, 1], [1, 2, 3]]
+    turned = shown.reordered([4, 1, 0])
+    assert [r.frames(turned) for r in found] == [[0, 1, 2], [1, 2], [1]]
+    assert [r.frames(None) for r in found] == [[0]] * 3
 
 
 @pytest.mark.parametrize(("text", "reason"), [
@@ -40,11 +62,15 @@ def test_phrases_and_boxes_are_read_in_order():
     (ref("ball", [20, 10, 10, 20]), "no box"),
     (ref("ball", [0, 0, 1001, 20]), "no box"),
     (ref("ball", [0, 0, 20]), "no box"),
+    (span(1, 1) + ref("ball", [0, 0, 9, 9]), "no .start,end. in seconds"),
+    (span(-1, 1) + ref("ball", [0, 0, 9, 9]), "no .start,end. in seconds"),
+    (span("", 1) + ref("ball", [0, 0, 9, 9]), "no .start,end. in seconds"),
+    (span("9" * 400, 1) + ref("ball", [0, 0, 9, 9]), "no .start,end. in seconds"),
     ("", "no caption"),
 ])  # fmt: skip
 def test_what_is_no_region_is_a_bad_sample(text, reason):
     with pytest.raises(BadSample, match=reason):
-        named_boxes(document(text))
+        named_regions(document(text))
 
 
 def test_a_box_covers_the_patches_it_touches():
@@ -80,10 +106,37 @@ def source(tmp_path):
     return tmp_path / "regions"
 
 
+def test_regions_of_a_clip_lie_in_the_frames_of_their_time(tmp_path, processor, tokenizer):
+    """Boxes named for a span are asked of just those frames; a span that no frame falls into refuses the sample."""
+    facts = {"kind": "video", "width": 64, "height": 48, "frames": 12, "fps": 6.0, "seconds": 2.0, "rotation": 0,
+             "audio": False}  # fmt: skip
+    part = {"type": "video", "video": "mp4"}
+    plan = processor.video_plan(VideoInfo(**{k: v for k, v in facts.items() if k != "kind"}))
+    cut = float(plan.times[1] + plan.times[2]) / 2
+    text = span(0, f"{cut:.3f}") + ref("ball", [0, 0, 999, 999]) + span(f"{cut:.3f}", 9) + ref("cube", [0, 0, 1, 1])
+    with ShardWriter(tmp_path / "tracks", "tracks") as w:
+        for key, said in (("good", text), ("late", span(50, 60) + ref("ball", [0, 0, 9, 9]))):
+            message = {"role": "text", "content": [part, {"type": "text", "text": said}]}
+            w.write(key, {"messages": [message], "media": {"mp4": facts}}, {"mp4": clip()})
+    mix = Mix([SourceSpec(tmp_path / "tracks", 1, "samples")])
+    packs = PackPlan(mix, processor, tokenizer, 512, 60, kind="regions")
+    assert packs.refused_by_reason() == {"no frame shown of this clip is within the times of its named regions": 1}
+    with Loader(packs, packs_per_step=1, workers=0) as loader:
+        (batch,) = next(loader)
+    (frames, h, w), whole = batch.grid_thw[0].tolist(), len(plan.times)
+    mine = batch.regions[batch.regions[:, 0] == 0].tolist()
+    names = [tokenizer.decode(t.tolist()) for t in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
+    assert frames == whole > 2
+    assert mine == [[0, f, 0, 0, h, w] for f in (0, 1)] + [[0, f, 0, 0, 1, 1] for f in range(2, whole)]
+    assert names[:whole] == ["ball", "ball"] + ["cube"] * (whole - 2)
+
+
+
+
 def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer):
     plan = PackPlan(Mix([SourceSpec(source, 1, "samples")]), processor, tokenizer, 512, 60, kind="regions")
     assert plan.refused_by_reason() == {
-        "the caption names no region": 1, "regions are named in one picture; this sample has other media": 1,
+        "the caption names no region": 1, "regions are named in one picture or clip; this sample has other media": 1,
     }  # fmt: skip
     seen, p = set(), processor.patch_size
     with Loader(plan, packs_per_step=2, workers=0) as loader:
@@ -94,9 +147,9 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
                 rows = batch.grid_thw.prod(1).tolist()
                 pixels = batch.pixel_values.split(rows)
                 assert len(texts) == len(batch.regions) == 2 * len(rows) and len(batch.draws) == len(rows)
-                for k, (row, top, left, bottom, right) in enumerate(batch.regions.tolist()):
+                for k, (row, frame, top, left, bottom, right) in enumerate(batch.regions.tolist()):
                     _, h, w = batch.grid_thw[row].tolist()
-                    assert row == k // 2 and pixels[row].shape == (h * w, 3 * p * p)
+                    assert (row, frame) == (k // 2, 0) and pixels[row].shape == (h * w, 3 * p * p)
                     if k % 2:
                         assert texts[k] == "large cube" and (bottom, right) == (h, w)
                     else:
@@ -115,9 +168,9 @@ def test_the_world_names_what_is_plain_to_see():
         for i in range(8):
             made = still_sample(3, family, i)
             truth, lang = made["truths"][0], made["sample"]["meta"]["lang"]
-            regions = named_boxes(regions_sample(truth, lang, np.random.default_rng(i)))
+            regions = named_regions(regions_sample(truth, lang, np.random.default_rng(i)))
             assert len(regions) == sum(s >= 0.5 for s in truth["seen"][0]) + len(truth["signs"])
-            for phrase, box in regions:
+            for phrase, box in ((r.phrase, r.box) for r in regions):
                 boxes = [b[0] for b in truth["boxes"][0] if b] + [s["box"] for s in truth["signs"]]
                 scale = np.array([truth["width"], truth["height"]] * 2) / 1000
                 near = [np.abs(np.array(box) * scale - b).max() for b in boxes]
@@ -128,6 +181,40 @@ def test_the_world_names_what_is_plain_to_see():
                     assert phrase == f"{t['colour']} {t['material']} {t['shape']}"
                     named += 1
     assert named > 30
+
+
+def test_the_world_says_what_a_thing_does_and_where_it_passes():
+    """Each region is a thing's box in just that frame; 'passing' where no other frame shown has it there."""
+    said, processor = set(), Processor(video_fps=2)
+    for i, (shape, motion) in enumerate((("ring", "falls"), ("ball", "splits"), ("ring", "slides left"))):
+        _, _, truth = make_brief(0, f"clip-{i}", ("blue", shape, motion), second=i != 2)
+        sample = named_clip(3, f"clip-{i}", truth)
+        assert sample["meta"]["lang"] == "en"
+        order = sample["messages"][0]["content"][0]["frames"]
+        plan = processor.video_plan(VideoInfo(
+            width=truth["width"], height=truth["height"], frames=truth["frames"], fps=2.0,
+            seconds=truth["seconds"], rotation=0, audio=False)).reordered(order)  # fmt: skip
+        motions, at = {e["thing"]: e["motion"] for e in truth["events"]}, [[] for _ in order]
+        for r in named_regions(sample):
+            (shown,) = r.frames(plan)
+            at[shown].append((r.phrase, r.box))
+        for k, found in zip(order, at, strict=True):
+            want = [(s["text"], tuple(thousand(s["box"], truth))) for s in truth["signs"]]
+            for j, t in enumerate(truth["things"]):
+                if truth["seen"][k][j] < 0.5:
+                    continue
+                does, here = motions.get(j, "still"), truth["boxes"][k][j]
+                for other in (truth["boxes"][o][j] for o in order if o != k):
+                    far = len(other) != len(here) or np.abs(np.subtract(other, here)).max() > 144 / 30
+                    if not far or j not in motions:
+                        break
+                else:
+                    does += " passing"
+                name = f"{t['colour']} {t['material']} {t['shape']} {does}"
+                want += [(name, tuple(thousand(b, truth))) for b in here]
+                said.add(does)
+            assert sorted(found) == sorted(want)
+    assert {"falls", "falls passing", "splits", "splits passing", "slides left passing", "still"} <= said
 
 
 def test_batches_move_whole(source, processor, tokenizer):

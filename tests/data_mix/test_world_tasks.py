@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_mix.shards import Source
 from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
+from data_mix.world.stills import picture
 from data_mix.world.truth import make_brief, make_clip, truth_of
 from data_mix.world.words import COLOUR_SHAPE, HELD_COLOUR_SHAPE
 from mm.common.seeds import rng
@@ -43,7 +44,7 @@ def test_every_source_opens_and_names_its_media(world):
                 if fact["kind"] == "image":
                     assert Image.open(io.BytesIO(source.member(i, suffix))).size == (fact["width"], fact["height"])
             roles = [m["role"] for m in sample["messages"]]
-            documents = name in ("text", "vit_pairs", "regions", "caption", "video_caption") and roles == ["text"]
+            documents = name in ("text", "vit_pairs", "caption", "video_caption") and roles == ["text"]
             assert documents or (roles and roles == ["user", "assistant"] * (len(roles) // 2))
             assert name != "text" or documents
 
@@ -136,14 +137,14 @@ def test_kc_tables_parse_like_the_official_ones(world):
 
 @pytest.mark.parametrize("task", kc.TASKS)
 def test_kc_answers_do_not_lean(task):
-    rows = [kc.MAKERS[task](rng(1, task, i), "en", COLOUR_SHAPE, i) for i in range(12)]
+    rows = [kc.MAKERS[task](picture, rng(1, task, i), "en", COLOUR_SHAPE, i) for i in range(12)]
     answers = Counter(r["answer"] for r in rows)
     assert max(answers.values()) <= {"CPV": 3, "Video_Topic": 3, "Video_Order": 2}.get(task, 6)
 
 
 def test_same_product_differs_in_one_attribute_or_none():
     for i in range(16):
-        row = kc.spu(rng(2, "spu", i), "en", COLOUR_SHAPE, i)
+        row = kc.spu(picture, rng(2, "spu", i), "en", COLOUR_SHAPE, i)
         a, b = (t["things"][0] for t in row["meta"]["truths"])
         differ = [k for k in ("colour", "shape", "material") if a[k] != b[k]]
         assert (row["answer"] == "yes") == (not differ) and len(differ) <= 1
@@ -205,3 +206,42 @@ def test_a_brief_clip_is_what_a_model_would_sample_of_the_whole_one():
     info = video_info(mp4)
     assert (info.frames, info.fps) == (facts["frames"], facts["fps"]) and not facts["audio"]
     assert len(PROCESSORS["tiny"].video_plan(info).indices) == len(kept)
+
+
+def test_shop_questions_in_words_tell_what_they_ask():
+    """Where pictures are told, the answer follows from what is said: read here by other means than it was made."""
+    seen = Counter()
+    for i in range(2, 1200, 3):
+        sample = documents.chat(5, i)
+        ask, answer = (m["content"] for m in sample["messages"])
+        task = sample["meta"]["task"]
+        if sample["meta"]["lang"] == "zh":
+            assert not re.search(r"Picture|\bred\b|\blarge\b", ask)
+            continue
+        told = re.findall(r"Picture \d: (.*)", ask)
+        if task == "SPU":
+            assert (told[0] == told[1]) == (answer == "yes")
+        elif task == "Video_Topic":
+            topics = [re.search(r"large \w+ \w+ (\w+)", t)[1] for t in told]
+            assert answer == "_".join("yes" if t == topics[0] else "no" for t in topics[1:])
+        elif task == "Video_Order":
+            keys = [re.search(r"EP (\d+)", t) for t in told]
+            if all(keys):
+                keys, kind = [int(k[1]) for k in keys], "sign"
+            elif "on the left" in ask:
+                keys, kind = [("left", "middle", "right").index(re.search(r"(\w+)\.$", t)[1]) for t in told], "walk"
+            else:
+                keys, kind = [len(re.findall(r"\ba ", t)) for t in told], "number"
+            assert answer == "[" + ", ".join(f"Video {keys.index(k) + 1}" for k in sorted(keys)) + "]"
+            seen[kind] += 1
+        elif task == "PornComment":
+            said = re.search(r"Comment: (.*)", ask)[1]
+            there = re.findall(r"(?:small|large) (\w+) \w+ (\w+)", ask.split("\nTitle")[0])
+            ugly = re.fullmatch(r"(\w+) (\w+) is ugly", said)
+            assert (answer == "yes") == (ugly.groups() in there if ugly else said.startswith("you "))
+        elif task == "CPV":
+            colour, material, shape = re.match(r"a large (\w+) (\w+) (\w+)\.", ask).groups()
+            facts = {"colour": colour, "material": material, "shape": shape}
+            assert all(facts[k] == v for k, v in json.loads(answer).items())
+        seen[task, answer if task in ("SPU", "High_like") else ""] += 1
+    assert len(seen) == 3 + 4 + 4 and min(seen.values()) >= 4

@@ -88,7 +88,7 @@ def regions(first: int, n: int) -> RegionBatch:
         g = torch.Generator().manual_seed(9000 + first + row)
         for _ in range(1 + (first + row) % 3):
             top, left = int(torch.randint(0, h, (1,), generator=g)), int(torch.randint(0, w, (1,), generator=g))
-            found.append([row, top, left, h, w])
+            found.append([row, 0, top, left, h, w])
             names.append(torch.randint(0, 59, (1 + int(torch.randint(0, 4, (1,), generator=g)),), generator=g))
     return RegionBatch(
         input_ids=torch.cat(names), cu_seqlens=torch.tensor([0, *map(len, names)]).cumsum(0).to(torch.int32),

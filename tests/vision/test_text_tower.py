@@ -125,12 +125,12 @@ def named(regions, texts, grids):
 
 
 def test_a_region_is_the_patches_of_its_rectangle():
-    grids = torch.tensor([[1, 4, 6], [1, 2, 3]])
-    regions = torch.tensor([[0, 1, 2, 3, 5], [1, 0, 0, 2, 3], [0, 3, 5, 4, 6]])
+    grids = torch.tensor([[1, 4, 6], [3, 2, 3]])
+    regions = torch.tensor([[0, 0, 1, 2, 3, 5], [1, 0, 0, 0, 2, 3], [0, 0, 3, 5, 4, 6], [1, 2, 0, 1, 2, 3]])
     rows, of = region_patches(regions, grids)
-    picture = [torch.arange(24).view(4, 6), 24 + torch.arange(6).view(2, 3)]
-    want = [picture[p][top:bottom, a:b].flatten() for p, top, a, bottom, b in regions.tolist()]
-    assert [rows[of == k].tolist() for k in range(3)] == [w.tolist() for w in want]
+    picture = [torch.arange(24).view(1, 4, 6), 24 + torch.arange(18).view(3, 2, 3)]
+    want = [picture[p][f, top:bottom, a:b].flatten() for p, f, top, a, bottom, b in regions.tolist()]
+    assert [rows[of == k].tolist() for k in range(4)] == [w.tolist() for w in want]
 
 
 def test_word_loss_asks_regions_for_their_words_and_the_rest_for_none():
@@ -138,27 +138,28 @@ def test_word_loss_asks_regions_for_their_words_and_the_rest_for_none():
     picture that is covered whole has nothing to be silent about."""
     ours = model()
     ours.init_weights(0)
-    grids = torch.tensor([[1, 4, 4], [1, 2, 6], [1, 2, 2]])
-    regions = [[0, 0, 0, 2, 3], [1, 1, 2, 2, 6], [0, 1, 1, 4, 4], [2, 0, 0, 2, 2]]
+    grids = torch.tensor([[1, 4, 4], [2, 2, 6], [1, 2, 2]])
+    regions = [[0, 0, 0, 0, 2, 3], [1, 1, 1, 2, 2, 6], [0, 0, 1, 1, 4, 4], [2, 0, 0, 0, 2, 2]]
     texts = [[5, 7], [9, 9, 3], [11], [12]]
     batch = named(regions, texts, grids)
     loss, n = ours.word_loss(*batch)
     table = ours.text_model.embeddings.token_embedding.weight
-    features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 12, 4])
-    bare = [torch.ones(g[1], g[2], dtype=torch.bool) for g in grids.tolist()]
+    features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 24, 4])
+    bare = [torch.ones(*g, dtype=torch.bool) for g in grids.tolist()]
     want = 0.0
-    for (p, top, left, bottom, right), text in zip(regions, texts, strict=True):
+    for (p, frame, top, left, bottom, right), text in zip(regions, texts, strict=True):
         target = torch.zeros(64)
         target[text] = 1 / len(set(text))
-        inside = features[p].view(*grids[p, 1:].tolist(), -1)[top:bottom, left:right].flatten(0, 1)
+        inside = features[p].view(*grids[p].tolist(), -1)[frame, top:bottom, left:right].flatten(0, 1)
         want = want + F.cross_entropy(inside @ table.T, target.expand(len(inside), -1))
-        bare[p][top:bottom, left:right] = False
-    assert [int(b.sum()) for b in bare] == [3, 8, 0]
-    for p in (0, 1):
-        logprobs = F.log_softmax(features[p][bare[p].flatten()] @ table.T, dim=-1)
+        bare[p][frame, top:bottom, left:right] = False
+    assert [int(b.sum()) for b in bare] == [3, 20, 0]
+    for p, frame in ((0, 0), (1, 0), (1, 1)):
+        shown = features[p].view(*grids[p].tolist(), -1)[frame][bare[p][frame]]
+        logprobs = F.log_softmax(shown @ table.T, dim=-1)
         alike = torch.full_like(logprobs, 1 / 64)
         want = want + F.kl_div(logprobs, alike, reduction="batchmean")
-    assert n == 7 and torch.allclose(loss, want, atol=1e-4)
+    assert n == 8 and torch.allclose(loss, want, atol=1e-4)
 
 
 def test_silence_is_where_all_words_are_alike():
@@ -166,5 +167,5 @@ def test_silence_is_where_all_words_are_alike():
     ours = model()
     ours.init_weights(0)
     ours.text_model.embeddings.token_embedding.weight.data.zero_()
-    loss, n = ours.word_loss(*named([[0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))
+    loss, n = ours.word_loss(*named([[0, 0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))
     assert n == 2 and loss.item() == pytest.approx(math.log(64), abs=1e-5)
