@@ -141,9 +141,9 @@ def _in_words(seed: int, index: int) -> dict[str, Any]:
     row = kc.MAKERS[task](told(lang), random, lang, COLOUR_SHAPE, int(random.integers(12)))
     parts = iter(row["images"])
     said = "".join(p.get("text") or next(parts) + "\n" for p in numbered(len(row["images"]), lang))
-    return {"messages": [{"role": "user", "content": said + row["question"]},
-                         {"role": "assistant", "content": row["answer"]}],
-            "family": "text_chat", "meta": {"lang": lang, "task": task}}  # fmt: skip
+    turns = [{"q": said + row["question"], "a": row["answer"]}, *kc.follow_ups(row, lang, random)]
+    messages = [{"role": r, "content": t[k]} for t in turns for r, k in (("user", "q"), ("assistant", "a"))]
+    return {"messages": messages, "family": "text_chat", "meta": {"lang": lang, "task": task}}
 
 
 def chat(seed: int, index: int) -> dict[str, Any]:

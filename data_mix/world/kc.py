@@ -4,6 +4,7 @@ Each maker returns {"question", "answer", "images": [jpg], "meta"}; `pairs` are 
 may have: those of training, or the held-out ones; `shot` takes the pictures (`picture`), or tells them in words.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from data_mix.world import shop
 from data_mix.world.scene import draw_sign_text
-from data_mix.world.stills import Pair, any_pair, change_one, picture
+from data_mix.world.stills import Pair, any_pair, change_one, picture, unsized
+from data_mix.world.text import Turn
 from data_mix.world.words import (
     COLOUR_SHAPE,
     COLOURS,
@@ -208,6 +210,25 @@ def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
     else:
         question = f"Product A: {titles[0]}\nProduct B: {titles[1]}\nAre the two pictures of the same product?"
     return _row(question + SUFFIX[lang], _yes(same, lang), shots, pair=pair, differ=attribute)
+
+
+def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator) -> list[Turn]:
+    """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was:
+    what each shows, whether two have something in common, whether there is a sign."""
+    zh, truths, out = lang == "zh", row["meta"]["truths"], []
+    for i, truth in enumerate(truths):
+        where = (f"图{i + 1}里" if zh else f" in picture {i + 1}") if len(truths) > 1 else ""
+        q = f"{where}最大的东西是什么？" if zh else f"What is the largest thing{where}?"
+        out.append({"type": "what", "q": q, "a": unsized(truth["things"][0], lang)})
+        q = f"{where}有牌子吗？" if zh else f"Is there a sign{where}?"
+        out.append({"type": "sign", "q": q, "a": _yes(bool(truth["signs"]), lang)})
+    for i, j in itertools.combinations(range(len(truths)), 2):
+        key = ("colour", "shape", "material")[int(random.integers(3))]
+        same = truths[i]["things"][0][key] == truths[j]["things"][0][key]
+        q = (f"图{i + 1}和图{j + 1}里最大的东西{say(key, lang)}相同吗？" if zh
+             else f"Has the largest thing in pictures {i + 1} and {j + 1} the same {key}?")  # fmt: skip
+        out.append({"type": "same", "q": q, "a": _yes(same, lang)})
+    return [out[i] for i in random.permutation(len(out))][: int(random.integers(1, 5))]
 
 
 MAKERS: dict[str, Callable] = dict(

@@ -285,8 +285,9 @@ class _World:
     def _shop_sample(self, task: str, number: int, row: dict) -> None:
         media = {f"{i}.jpg": j for i, j in enumerate(row["images"])}
         parts = [{"type": "image", "image": name} for name in media]
-        turn = {"type": task, "q": row["question"], "a": row["answer"]}
-        sample = stills.conversation(parts, [turn], "shop", {"lang": row["lang"], **row["meta"]})
+        turns = [{"type": task, "q": row["question"], "a": row["answer"]}]
+        turns += kc.follow_ups(row, row["lang"], rng(self.seed, "shop", task, number))
+        sample = stills.conversation(parts, turns, "shop", {"lang": row["lang"], **row["meta"]})
         sample["media"] = stills.media_facts(row["meta"]["truths"])
         self.sources["shop"].write(f"{task.lower()}-{number:05d}", sample, media)
 

@@ -213,7 +213,7 @@ def test_shop_questions_in_words_tell_what_they_ask():
     seen = Counter()
     for i in range(2, 1200, 3):
         sample = documents.chat(5, i)
-        ask, answer = (m["content"] for m in sample["messages"])
+        ask, answer = (m["content"] for m in sample["messages"][:2])
         task = sample["meta"]["task"]
         if sample["meta"]["lang"] == "zh":
             assert not re.search(r"Picture|\bred\b|\blarge\b", ask)

@@ -81,14 +81,14 @@ def test_peers_train_the_same_model_on_the_same_text(tmp_path):
 def test_optimizers_are_compared(stage, world, tmp_path, small_vocabulary):
     got = figures(optimizer, tmp_path, "--world", world, "--stage", stage, "--steps", 1, "--seeds", 1,
                   "--lrs", "1e-3", "--shares", "1", "--eval-packs", 1)  # fmt: skip
-    assert got["adamw_lr"] == 1e-3 and len(got["muon"]["1.0"]) == 1 and 0 < got["adamw"][0] < 20
+    assert got["adamw_lr"] == 1e-3 and len(got["muon"]["1.0"]) == 1 and 0 < got["adamw"][0] < 100
 
 
 def test_towers_are_taught_and_asked_alike(world, tmp_path, small_vocabulary):
     got = figures(tower, tmp_path, "--world", world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3")
-    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 2 and {r["n"] for r in got["runs"]} != {0}
+    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 3 and {r["n"] for r in got["runs"]} != {0}
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in ("colour", "shape", "material"))
-    assert sum(r["best"] for r in got["runs"]) == 4
+    assert sum(r["best"] for r in got["runs"]) == 6
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():
