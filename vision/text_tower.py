@@ -161,15 +161,17 @@ class ContrastiveModel(nn.Module):
         outside all regions of the divergence from all words alike (0 where there are none such).
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
-        logits = features @ self.text_model.embeddings.token_embedding.weight.to(features.dtype).T
-        logprobs = F.log_softmax(logits.float(), dim=-1)  # [N, V]
+        table = self.text_model.embeddings.token_embedding.weight
+        total = (features @ table.to(features.dtype).T).float().logsumexp(-1)  # [N]
+        features, table = features.float(), table.float()
         rows, of = region_patches(regions, grid_thw)
-        wanted = word_targets(input_ids, cu_seqlens, logits.shape[-1])
-        named = mean_of(-(wanted[of] * logprobs[rows]).sum(-1), of, len(regions))
-        bare = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill(0, rows, False)
+        names = word_targets(input_ids, cu_seqlens, len(table)) @ table  # [R, D]: a patch's mean logit is a product
+        named = mean_of(total[rows] - (features[rows] * names[of]).sum(-1), of, len(regions))
+        bare = torch.ones(len(total), dtype=torch.bool, device=total.device).index_fill(0, rows, False)
         sizes = grid_thw[:, 1:].prod(1).repeat_interleave(grid_thw[:, 0])
-        frame = torch.arange(len(sizes), device=logits.device).repeat_interleave(sizes)[bare]
-        silent = mean_of(-logprobs[bare].mean(-1) - math.log(logits.shape[-1]), frame, len(sizes))
+        frame = torch.arange(len(sizes), device=total.device).repeat_interleave(sizes)[bare]
+        silent = total[bare] - features[bare] @ table.mean(0) - math.log(len(table))
+        silent = mean_of(silent, frame, len(sizes))
         return named.sum() + silent.sum(), len(regions) + len(sizes)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
