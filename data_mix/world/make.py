@@ -52,7 +52,7 @@ class WorldSize:
     kc_rows: int
     kc_probe: int
     reorder: int = 300
-    shares: dict[str, float] = field(default_factory=lambda: {"video_caption": 0.35, "second": 0.45})
+    shares: dict[str, float] = field(default_factory=lambda: {"video_caption": 0.35, "second": 0.45, "brief second": 0.65})
 
 
 def _families(n: int) -> dict[str, int]:
@@ -176,7 +176,7 @@ class _World:
 
     def briefs_made(self) -> None:
         n, families = self.size.briefs, ("video_caption", "video_qa")
-        second = rng(self.seed, "second", "brief").random(n) < self.size.shares["second"]
+        second = rng(self.seed, "second", "brief").random(n) < self.size.shares["brief second"]
         specs = tasks.clip_specs(self.seed, "brief", n, second.tolist())
         jobs = [("brief", self.seed, *spec, families[i % 2]) for i, spec in enumerate(specs)]
         for name, mp4, samples in self.crew.run(jobs):

@@ -89,11 +89,11 @@ def video_caption(truth: dict, random: np.random.Generator) -> dict:
 def video_qa(truth: dict, random: np.random.Generator) -> dict:
     """Four to nine turns; about half begin with the caption and go on to what it does not say.
 
-    Where two act, half of those ask first which acts first: after the caption it would be copying.
+    Where two act, those ask first which acts first: after the caption it would be copying.
     """
     lang = language(random)
     first = [caption_turn(truth, lang, random)] if random.random() < 0.55 else []
-    if first and len(truth["events"]) > 1 and random.random() < 0.5:
+    if first and len(truth["events"]) > 1:
         first.insert(0, text.order(truth, lang, random))
     turns = text.clip_questions(truth, lang, random, first[-1]["a"] if first else "")
     return stills.conversation(_video(), [*first, *turns[: int(random.integers(4, 8))]], "video_qa", {"lang": lang})

@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a decoder that knows the world's language before it sees anything.
 
-    mm run keye.text --size tiny                                     2 cores, about a minute
+    mm run keye.text --size tiny                                     2 cores, a minute and a half
 
 At small and 8b this stage does not exist: the decoder is a local Qwen3 folder (`--qwen3 FOLDER`). Here it is
 trained from nothing on the bundled world's text: scenes described in words, and questions answered from the
@@ -20,6 +20,6 @@ def stage(size: str) -> Stage:
         mix=[SourceSpec("text", 0.2), SourceSpec("text_chat", 0.8)],
         optim=Optim(name="muon", lr=2e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                     decay_share=0.4),
-        budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=320),
+        budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=400),
         precision="bf16", sharding="replicate",
     )  # fmt: skip
