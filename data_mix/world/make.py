@@ -52,7 +52,9 @@ class WorldSize:
     kc_rows: int
     kc_probe: int
     reorder: int = 300
-    shares: dict[str, float] = field(default_factory=lambda: {"video_caption": 0.35, "second": 0.45, "brief second": 0.65})
+    shares: dict[str, float] = field(
+        default_factory=lambda: {"video_caption": 0.35, "second": 0.45, "brief second": 0.65}
+    )
 
 
 def _families(n: int) -> dict[str, int]:
