@@ -55,8 +55,8 @@ def _waves(shape: torch.Size) -> torch.Tensor:
 def _attention(path: str, part: str, kind: str, value: torch.Tensor, seed: int) -> torch.Tensor:
     """Mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828): queries equal keys, so a patch starts by
     looking at what is like it; values and output cancel to -LESS, so it starts by seeing how it differs from that.
-    Ours: a bias that makes half of the heads look near (`NEAR`). Trained towers look so; a tower that must be
-    trained in minutes cannot spend them on getting there (`benchmarks/tower.py`)."""
+    Ours: a bias that makes half of the heads look near (`NEAR`). `benchmarks/tower.py` sets both together against
+    SigLIP's start."""
     first = "q_proj" if part in ("q_proj", "k_proj") else "v_proj"
     g = stream(seed, path.removesuffix(part) + first)
     if kind == "bias":
