@@ -5,7 +5,8 @@
 
 Published: tower, projector and decoder all train on caption, OCR, grounding and counting (integer coordinates
 in [0, 1000) between box and point tokens), VQA, interleaved documents, video with frame re-ordering, and text;
-8,192 tokens, data parallel with ZeRO-2. Not published, so ours: shares, learning rates (tower a tenth), batch, length.
+8,192 tokens, data parallel with ZeRO-2. Not published, so ours: shares, learning rates (the tower a tenth), batch,
+length.
 """
 
 from data_mix.mix import SourceSpec
