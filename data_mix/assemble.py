@@ -113,9 +113,11 @@ class Assembler:
                 for frame in region.frames(plan):
                     texts.append(ids)
                     regions.append((row, frame, *in_patches(region.box, height, width)))
+        names = self.plan.names
         batch = RegionBatch(
             **_joined(texts), **self._patches(pictures), draws=[p.name for p in kept],
-            regions=torch.tensor(regions, dtype=torch.int64),
+            regions=torch.tensor(regions, dtype=torch.int64), words=torch.from_numpy(names.words),
+            rivals=torch.from_numpy(np.concatenate([names.rivals(ids) for ids in texts])),
         )  # fmt: skip
         return Made(batch, samples)
 

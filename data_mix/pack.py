@@ -16,6 +16,7 @@ import numpy as np
 
 from data_mix.counts import Counts, count_source
 from data_mix.mix import Draw, Mix
+from data_mix.regions import Names, named_regions, phrase_ids
 from mm.common.errors import BadSample, UserError
 from mm.common.seeds import rng
 from mm.processor import Processor
@@ -42,6 +43,7 @@ class PackPlan:
         refused: BadSample per sample that can never be drawn (unreadable, or larger than a budget), by name.
         turns: {(source, sample): messages kept} of the conversations whose last exchanges are left out, whole,
             so that the rest fits.
+        names: of kind "regions", what its samples call things.
     Raises UserError where nothing is left to draw or a budget is not positive.
     """
 
@@ -66,6 +68,7 @@ class PackPlan:
         self._check_something_left(usable)
         means = [float(c.tokens[u].mean()) for c, u in zip(self.counts, usable, strict=True)]
         mix.bind(usable, means)
+        self.names = self._names(usable) if kind == "regions" else Names([])
         self.draws_per_window = self._draws_per_window(usable)
         self._first, self._at = [0], [0]  # pack number that window self._at[k] begins with
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -82,6 +85,11 @@ class PackPlan:
                 shard = f"{source.name}/{source.shard_of(i)}"
                 self.refused.append(BadSample(reason, shard=shard, key=source.row(i)["key"]))
         return np.flatnonzero(usable)
+
+    def _names(self, usable: list[np.ndarray]) -> Names:
+        phrases = {region.phrase for source, samples in zip(self.mix.sources, usable, strict=True)
+                   for i in map(int, samples) for region in named_regions(source.sample(i))}  # fmt: skip
+        return Names(phrase_ids(p, self.tokenizer, self.max_text) for p in phrases)
 
     def _shorten(self, number: int, i: int, counts: Counts) -> str:
         """Keep the most whole exchanges that fit, never cutting inside one; else the reason why not."""

@@ -6,8 +6,11 @@
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from data_mix.media_plan import caption_of
 from mm.common.errors import BadSample
@@ -38,6 +41,36 @@ class Region:
             return [0]
         start, end = self.span or (0.0, float("inf"))
         return [i for i, t in enumerate(plan.times.tolist()) if start <= t < end]
+
+
+class Names:
+    """Which words (tokens) stand in the names of a data set, and which of them together.
+
+    A word's rivals are what else could stand in its place: words seen with every other word of the name, in some
+    names. In "red ball" those of "ball" are the shapes that red things have, and no colour. What was never seen
+    with the rest is not told from it, so that no red cube in the data is no reason to learn that red is never a
+    cube: the data's own pairs are taken out of the question, as a product with an expert that knows nothing else
+    would (Clark et al. 2019, arXiv 1909.03683).
+
+    Attributes: words, int64 [U], ascending: all that stand in names.
+    """
+
+    def __init__(self, names: Iterable[Sequence[int]]):
+        distinct = {tuple(sorted(set(name))) for name in names}
+        self.words = np.array(sorted({word for name in distinct for word in name}), dtype=np.int64)
+        self._apart = np.ones((len(self.words), len(self.words)), dtype=bool)
+        for name in distinct:
+            at = np.searchsorted(self.words, name)
+            self._apart[np.ix_(at, at)] = False
+
+    def rivals(self, name: Sequence[int]) -> np.ndarray:
+        """bool [len(name), U]: for each token of a name of the data, its rivals and itself."""
+        at = np.searchsorted(self.words, name)
+        apart = self._apart[at]
+        rivals = apart.sum(0) - apart == 0  # of none of the other tokens apart
+        rivals[:, at] = False
+        rivals[np.arange(len(at)), at] = True
+        return rivals
 
 
 def named_regions(sample: dict[str, Any]) -> list[Region]:

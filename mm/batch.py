@@ -68,9 +68,11 @@ class PairBatch:
 class RegionBatch:
     """Pictures and clips with phrases that name what is in some of their regions.
 
-    Shapes (R regions, L text tokens, N patches, M pictures and clips): input_ids int64 [L]; cu_seqlens int32 [R + 1];
-    pixel_values uint8 [N, 3 * patch * patch]; grid_thw int64 [M, 3]; regions int64 [R, 6]: which row of the grid,
-    which of its frames, then top, left, bottom, right in patches, the last two exclusive.
+    Shapes (R regions, L text tokens, N patches, M pictures and clips, U words): input_ids int64 [L];
+    cu_seqlens int32 [R + 1]; pixel_values uint8 [N, 3 * patch * patch]; grid_thw int64 [M, 3];
+    regions int64 [R, 6]: which row of the grid, which of its frames, then top, left, bottom, right in patches, the
+    last two exclusive; words int64 [U], ascending, among them every token of input_ids;
+    rivals bool [L, U]: which words each token is to be told from, and itself.
     """
 
     input_ids: torch.Tensor
@@ -78,6 +80,8 @@ class RegionBatch:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     regions: torch.Tensor
+    words: torch.Tensor
+    rivals: torch.Tensor
     draws: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "RegionBatch":

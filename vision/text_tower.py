@@ -149,30 +149,30 @@ class ContrastiveModel(nn.Module):
 
     def word_loss(
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
+        cu_seqlens: torch.Tensor, words: torch.Tensor, rivals: torch.Tensor,
     ) -> tuple[torch.Tensor, int]:  # fmt: skip
         """(fp32 sum, number of regions and frames, a picture being one): each patch of a region is asked for the
         words of its name, and what lies in no region is to say nothing.
 
-        regions: int64 [R, 6], see `region_patches`; input_ids int64 [L], cu_seqlens int32 [R + 1]: their names.
-        A patch's logit for a word is its feature times that word's token embedding (the text tower's own table,
-        so hidden_size must equal the vision tower's). A region's loss is the mean over its patches of the cross
-        entropy against its name's distinct tokens, each weighing alike; a frame's is the mean over its patches
-        outside all regions of the divergence from all words alike (0 where there are none such).
+        The arguments are those of `mm.batch.RegionBatch`. A patch's logit for a word is its feature times that
+        word's token embedding (the text tower's own table, so hidden_size must equal the vision tower's). A
+        region's loss is the mean, over its patches and the tokens of its name, of the cross entropy of that token
+        among its rivals; a frame's is the mean over its patches outside all regions of the divergence from all
+        words alike (0 where there are none such).
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
-        table = self.text_model.embeddings.token_embedding.weight
-        total = (features @ table.to(features.dtype).T).float().logsumexp(-1)  # [N]
-        features, table = features.float(), table.float()
+        table = self.text_model.embeddings.token_embedding.weight[words]
+        logits = (features @ table.to(features.dtype).T).float()  # [N, U]
         rows, of = region_patches(regions, grid_thw)
-        names = word_targets(input_ids, cu_seqlens, len(table)) @ table  # [R, D]: a patch's mean logit is a product
-        named = mean_of(total[rows] - (features[rows] * names[of]).sum(-1), of, len(regions))
-        bare = torch.ones(len(total), dtype=torch.bool, device=total.device).index_fill(0, rows, False)
+        patch, token = each_with_each(of, cu_seqlens)
+        shown, wanted = logits[rows[patch]], torch.searchsorted(words, input_ids)[token]
+        among = shown.masked_fill(~rivals[token], -torch.inf).logsumexp(-1)
+        named = mean_of(among - shown.gather(1, wanted[:, None])[:, 0], of[patch], len(regions))
+        bare = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill(0, rows, False)
         sizes = grid_thw[:, 1:].prod(1).repeat_interleave(grid_thw[:, 0])
-        frame = torch.arange(len(sizes), device=total.device).repeat_interleave(sizes)[bare]
-        silent = total[bare] - features[bare] @ table.mean(0) - math.log(len(table))
-        silent = mean_of(silent, frame, len(sizes))
-        return named.sum() + silent.sum(), len(regions) + len(sizes)
+        frame = torch.arange(len(sizes), device=logits.device).repeat_interleave(sizes)[bare]
+        silent = logits[bare].logsumexp(-1) - logits[bare].mean(-1) - math.log(len(words))
+        return named.sum() + mean_of(silent, frame, len(sizes)).sum(), len(regions) + len(sizes)
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
@@ -211,12 +211,12 @@ def mean_of(values: torch.Tensor, of: torch.Tensor, n: int) -> torch.Tensor:
     return values.new_zeros(n).index_add(0, of, values) / count
 
 
-def word_targets(input_ids: torch.Tensor, cu_seqlens: torch.Tensor, vocab: int) -> torch.Tensor:
-    """fp32 [R, vocab]: the distinct tokens of each text, in equal shares that sum to 1."""
-    texts = torch.arange(len(cu_seqlens) - 1, device=input_ids.device).repeat_interleave(cu_seqlens.diff())
-    wanted = torch.zeros(len(cu_seqlens) - 1, vocab, device=input_ids.device)
-    wanted[texts, input_ids] = 1.0
-    return wanted / wanted.sum(1, keepdim=True)
+def each_with_each(of: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every patch of a region (`of`, int64 [K]) with every token of that region's name: (patch, token), int64 [P]."""
+    n = cu_seqlens.diff().long()[of]
+    patch = torch.arange(len(of), device=of.device).repeat_interleave(n)
+    within = torch.arange(len(patch), device=of.device) - (n.cumsum(0) - n)[patch]
+    return patch, cu_seqlens.long()[of][patch] + within
 
 
 def sigmoid_loss(

@@ -159,10 +159,9 @@ def of_pairs(model: Any, batch: PairBatch) -> Flops:
 
 def of_regions(model: Any, batch: RegionBatch) -> Flops:
     """The same model where only patches are asked for words: tower, and a head over all patches."""
-    vision, text = model.vision_model.config, model.text_model.config
-    asked = len(batch.pixel_values)
+    vision, asked = model.vision_model.config, len(batch.pixel_values)
     parts = {"tower": _tower(vision, batch.grid_thw.tolist()),
-             "text": _Part(2.0 * asked * vision.hidden_size * text.vocab_size)}  # fmt: skip
+             "text": _Part(2.0 * asked * vision.hidden_size * len(batch.words))}  # fmt: skip
     return _total(parts, {"text": ("tower",)}, {**trained_shares(model), "text": 1.0})
 
 

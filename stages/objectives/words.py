@@ -1,4 +1,4 @@
-"""Every patch of a named region tells the words of its name: what teaches a tower from nothing in minutes."""
+"""Every patch of a named region tells the words of its name from their rivals: a tower from nothing, in minutes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ class Words(Objective):
     """Sum over regions and frames (a picture is one) of `model.word_loss` / their number in the whole step.
 
     After "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are the
-    tokens of its caption; here those of a phrase are asked of each patch that its box touches, and no word of the
-    patches that no box touches.
+    tokens of its caption; here those of a phrase are asked of each patch that its box touches, each among what
+    else could stand in its place (`data_mix.regions.Names`), and no word of the patches that no box touches.
     """
 
     kind = "regions"
@@ -34,7 +34,9 @@ class Words(Objective):
         for i in range(most(batches, device)):
             real = i < len(batches)
             b = batches[i] if real else self.blank(model).to(device)
-            loss, n = model.word_loss(b.pixel_values, b.grid_thw, b.regions, b.input_ids, b.cu_seqlens)
+            loss, n = model.word_loss(
+                b.pixel_values, b.grid_thw, b.regions, b.input_ids, b.cu_seqlens, b.words, b.rivals
+            )
             (loss * weight * real).backward()
             total, count = total + loss.detach() * real, count + n * real
         return {"words": (total, count)}
@@ -48,18 +50,20 @@ class Words(Objective):
 
     def blank(self, model: Any) -> RegionBatch:
         """One region of which nothing counts: what a rank with nothing left runs."""
-        return _regions(model, torch.tensor([[1, 2, 2]]))
+        return _regions(model, torch.tensor([[1, 2, 2]]), 1)
 
     def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> RegionBatch:
-        return _regions(model, grids(max(budget.visual_tokens, pieces), pieces))
+        words = model.text_model.config.vocab_size
+        return _regions(model, grids(max(budget.visual_tokens, pieces), pieces), words)
 
 
-def _regions(model: Any, grid: torch.Tensor) -> RegionBatch:
-    """One region a picture, all of it."""
+def _regions(model: Any, grid: torch.Tensor, words: int) -> RegionBatch:
+    """One region a picture, all of it, its name the first of so many words."""
     patch, rows = model.vision_model.config.patch_size, torch.arange(len(grid))
     zero = torch.zeros_like(rows)
     return RegionBatch(
         input_ids=zero, cu_seqlens=torch.arange(len(grid) + 1, dtype=torch.int32),
         pixel_values=torch.zeros(int(grid.prod(1).sum()), 3 * patch * patch, dtype=torch.uint8), grid_thw=grid,
         regions=torch.stack([rows, zero, zero, zero, grid[:, 1], grid[:, 2]], dim=1),
+        words=torch.arange(words), rivals=torch.ones(len(grid), words, dtype=torch.bool),
     )  # fmt: skip

@@ -9,11 +9,12 @@ import torch
 from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
-from data_mix.regions import Region, in_patches, named_regions
+from data_mix.regions import Names, Region, in_patches, named_regions
 from data_mix.shards import ShardWriter
 from data_mix.world.stills import regions_sample, still_sample, thousand
 from data_mix.world.tasks import named_clip
 from data_mix.world.truth import make_brief
+from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, SHAPES
 from mm.common.errors import BadSample
 from mm.processor import Processor
 from tests.data_mix.made import clip, image_facts, picture
@@ -84,6 +85,36 @@ def test_a_box_covers_the_patches_it_touches():
         assert list(range(top, bottom)) == touched
         touched = [c for c in range(columns) if c * 1000 < x2 * columns and (c + 1) * 1000 > x1 * columns]
         assert list(range(left, right)) == touched
+
+
+def test_rivals_are_what_some_name_puts_in_a_words_place():
+    """Names of a material, a colour and a shape, of which one colour is never one shape's; the held-out word is
+    nobody's rival there, and within a name of one word everything is."""
+    colours, shapes, materials = (1, 2, 3), (11, 12, 13), (21, 22)
+    pairs = [(c, s) for c in colours for s in shapes if (c, s) != (1, 11)]
+    names = Names([(m, c, s) for c, s in pairs for m in materials] + [(31,), (32, 33)])
+    assert names.words.tolist() == [1, 2, 3, 11, 12, 13, 21, 22, 31, 32, 33]
+
+    def rivals(*name):
+        return [names.words[row].tolist() for row in names.rivals(name)]
+
+    assert rivals(21, 1, 12) == [[21, 22], [1, 2, 3], [12, 13]]  # of red: 12 or 13, never 11
+    assert rivals(2, 11) == [[2, 3, 21, 22], [11, 12, 13, 21, 22]]  # a material, too, stands with 11 or with 2
+    assert rivals(22, 3, 11) == [[21, 22], [2, 3], [11, 12, 13]]
+    assert rivals(31) == [names.words.tolist()]
+    assert rivals(33, 32) == [[33], [32]]
+    assert Names([]).words.tolist() == []
+
+
+def test_the_worlds_held_out_pairs_are_not_in_question():
+    ids = {word: i for i, word in enumerate((*MATERIALS, *COLOURS, *SHAPES))}
+    names = Names([ids[c], ids[m], ids[s]] for c, s in COLOUR_SHAPE for m in MATERIALS)
+    for colour, shape in COLOUR_SHAPE:
+        rows = names.rivals([ids[colour], ids["wood"], ids[shape]])
+        told = [{word for word, i in ids.items() if row[i]} for row in rows]
+        assert told[0] == {c for c, s in COLOUR_SHAPE if s == shape} and len(told[0]) == 5
+        assert told[1] == set(MATERIALS)
+        assert told[2] == {s for c, s in COLOUR_SHAPE if c == colour} and len(told[2]) == 5
 
 
 @pytest.fixture
@@ -157,6 +188,11 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
                         assert (bottom, right) == (-(-h // 2), -(-w // 2))
                         seen.add(texts[k])
                 assert not any("broken" in d for d in batch.draws)
+                assert batch.rivals.shape == (len(batch.input_ids), len(batch.words))
+                itself = batch.rivals.gather(1, torch.searchsorted(batch.words, batch.input_ids)[:, None])
+                assert itself.all() and set(batch.words.tolist()) == {
+                    i for name in ["large cube", *(f"ball {k}" for k in range(9))] for i in tokenizer.encode(name)
+                }
         assert set(loader.stats.bad) == {"not an image"}
     assert seen == {f"ball {i}" for i in range(9)}
 

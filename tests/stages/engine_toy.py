@@ -83,16 +83,19 @@ def pairs(first: int, n: int) -> PairBatch:
 
 def regions(first: int, n: int) -> RegionBatch:
     """Pictures number first .. first + n, with one to three named regions each."""
-    made, found, names = pairs(first, n), [], []
+    made, found, names, rivals = pairs(first, n), [], [], []
     for row, (_, h, w) in enumerate(made.grid_thw.tolist()):
         g = torch.Generator().manual_seed(9000 + first + row)
         for _ in range(1 + (first + row) % 3):
             top, left = int(torch.randint(0, h, (1,), generator=g)), int(torch.randint(0, w, (1,), generator=g))
             found.append([row, 0, top, left, h, w])
             names.append(torch.randint(0, 59, (1 + int(torch.randint(0, 4, (1,), generator=g)),), generator=g))
+            told = torch.rand(len(names[-1]), 60, generator=g) < 0.5
+            rivals.append(told.scatter(1, names[-1][:, None], True))
     return RegionBatch(
         input_ids=torch.cat(names), cu_seqlens=torch.tensor([0, *map(len, names)]).cumsum(0).to(torch.int32),
         pixel_values=made.pixel_values, grid_thw=made.grid_thw, regions=torch.tensor(found), draws=made.draws,
+        words=torch.arange(60), rivals=torch.cat(rivals),
     )  # fmt: skip
 
 

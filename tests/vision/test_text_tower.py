@@ -118,10 +118,14 @@ def test_user_mistakes():
         )
 
 
-def named(regions, texts, grids):
+def named(regions, texts, grids, rivals=None):
+    """The arguments of word_loss, over the words 3 to 32; every word is every other's rival unless given."""
     pixels = torch.randint(0, 256, (int(grids.prod(1).sum()), 192), dtype=torch.uint8)
     starts = torch.tensor([0, *map(len, texts)]).cumsum(0).to(torch.int32)
-    return pixels, grids, torch.tensor(regions), torch.tensor([i for t in texts for i in t]), starts
+    ids = torch.tensor([i for t in texts for i in t])
+    words = torch.arange(3, 33)
+    rivals = torch.ones(len(ids), 30, dtype=torch.bool) if rivals is None else rivals
+    return pixels, grids, torch.tensor(regions), ids, starts, words, rivals
 
 
 def test_a_region_is_the_patches_of_its_rectangle():
@@ -133,39 +137,53 @@ def test_a_region_is_the_patches_of_its_rectangle():
     assert [rows[of == k].tolist() for k in range(4)] == [w.tolist() for w in want]
 
 
-def test_word_loss_asks_regions_for_their_words_and_the_rest_for_none():
-    """Against torch's cross entropy with soft targets, patch by patch; a token said twice counts once, and a
-    picture that is covered whole has nothing to be silent about."""
+def test_word_loss_tells_each_word_of_a_region_from_its_rivals_and_asks_the_rest_for_none():
+    """Against torch's cross entropy over the rivals alone, patch by patch and token by token; a picture that is
+    covered whole has nothing to be silent about."""
     ours = model()
     ours.init_weights(0)
     grids = torch.tensor([[1, 4, 4], [2, 2, 6], [1, 2, 2]])
     regions = [[0, 0, 0, 0, 2, 3], [1, 1, 1, 2, 2, 6], [0, 0, 1, 1, 4, 4], [2, 0, 0, 0, 2, 2]]
-    texts = [[5, 7], [9, 9, 3], [11], [12]]
-    batch = named(regions, texts, grids)
+    texts = [[5, 7], [9, 32, 3], [11], [12]]
+    rivals = torch.rand(7, 30) < 0.4
+    rivals.scatter_(1, torch.tensor([[i - 3] for t in texts for i in t]), True)
+    batch = named(regions, texts, grids, rivals)
     loss, n = ours.word_loss(*batch)
-    table = ours.text_model.embeddings.token_embedding.weight
+    table = ours.text_model.embeddings.token_embedding.weight[3:33]
     features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 24, 4])
     bare = [torch.ones(*g, dtype=torch.bool) for g in grids.tolist()]
-    want = 0.0
+    want, row = 0.0, iter(rivals)
     for (p, frame, top, left, bottom, right), text in zip(regions, texts, strict=True):
-        target = torch.zeros(64)
-        target[text] = 1 / len(set(text))
-        inside = features[p].view(*grids[p].tolist(), -1)[frame, top:bottom, left:right].flatten(0, 1)
-        want = want + F.cross_entropy(inside @ table.T, target.expand(len(inside), -1))
+        inside = features[p].view(*grids[p].tolist(), -1)[frame, top:bottom, left:right].flatten(0, 1) @ table.T
+        for word in text:
+            among = next(row)
+            target = torch.tensor(int(among[: word - 3].sum())).expand(len(inside))
+            want = want + F.cross_entropy(inside[:, among], target) / len(text)
         bare[p][frame, top:bottom, left:right] = False
     assert [int(b.sum()) for b in bare] == [3, 20, 0]
     for p, frame in ((0, 0), (1, 0), (1, 1)):
         shown = features[p].view(*grids[p].tolist(), -1)[frame][bare[p][frame]]
         logprobs = F.log_softmax(shown @ table.T, dim=-1)
-        alike = torch.full_like(logprobs, 1 / 64)
+        alike = torch.full_like(logprobs, 1 / 30)
         want = want + F.kl_div(logprobs, alike, reduction="batchmean")
     assert n == 8 and torch.allclose(loss, want, atol=1e-4)
 
 
+def test_what_is_no_rival_is_not_unlearned():
+    """Of a region that covers its picture only its name and their rivals move; no other word has a gradient."""
+    ours = model()
+    ours.init_weights(0)
+    rivals = torch.zeros(2, 30, dtype=torch.bool)
+    rivals[0, [2, 9]] = rivals[1, [4, 11, 12]] = True
+    ours.word_loss(*named([[0, 0, 0, 0, 4, 4]], [[5, 7]], torch.tensor([[1, 4, 4]]), rivals))[0].backward()
+    moved = ours.text_model.embeddings.token_embedding.weight.grad.abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == [5, 7, 12, 14, 15]
+
+
 def test_silence_is_where_all_words_are_alike():
-    """Features of nothing cost nothing outside the regions and log 64 inside."""
+    """Features of nothing cost nothing outside the regions and the log of the rivals inside."""
     ours = model()
     ours.init_weights(0)
     ours.text_model.embeddings.token_embedding.weight.data.zero_()
     loss, n = ours.word_loss(*named([[0, 0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))
-    assert n == 2 and loss.item() == pytest.approx(math.log(64), abs=1e-5)
+    assert n == 2 and loss.item() == pytest.approx(math.log(30), abs=1e-5)
