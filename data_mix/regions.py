@@ -6,6 +6,7 @@
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,32 +45,29 @@ class Region:
 
 
 class Names:
-    """Which words (tokens) stand in the names of a data set, and which of them together.
+    """How the names of a data set go on: what each word (token) of a name has to be told from.
 
-    A word's rivals are what else could stand in its place: words seen with every other word of the name, in some
-    names. In "red ball" those of "ball" are the shapes that red things have, and no colour. What was never seen
-    with the rest is not told from it, so that no red cube in the data is no reason to learn that red is never a
-    cube: the data's own pairs are taken out of the question, as a product with an expert that knows nothing else
-    would (Clark et al. 2019, arXiv 1909.03683).
+    The rivals of a word are the words with which some name goes on after the same beginning. After "red wood" these
+    are the shapes of red wooden things, so colours are told from colours and shapes from shapes; and a shape that the
+    data never show in red is not told from the others there. That the data hold no red cube is then no reason to
+    learn that what is red is no cube.
 
     Attributes: words, int64 [U], ascending: all that stand in names.
     """
 
     def __init__(self, names: Iterable[Sequence[int]]):
-        distinct = {tuple(sorted(set(name))) for name in names}
-        self.words = np.array(sorted({word for name in distinct for word in name}), dtype=np.int64)
-        self._apart = np.ones((len(self.words), len(self.words)), dtype=bool)
-        for name in distinct:
-            at = np.searchsorted(self.words, name)
-            self._apart[np.ix_(at, at)] = False
+        follow: dict[tuple[int, ...], set[int]] = defaultdict(set)
+        for name in set(map(tuple, names)):
+            for i, word in enumerate(name):
+                follow[name[:i]].add(word)
+        self.words = np.array(sorted(set().union(*follow.values())), dtype=np.int64)
+        self._follow = {start: np.searchsorted(self.words, sorted(after)) for start, after in follow.items()}
 
     def rivals(self, name: Sequence[int]) -> np.ndarray:
         """bool [len(name), U]: for each token of a name of the data, its rivals and itself."""
-        at = np.searchsorted(self.words, name)
-        apart = self._apart[at]
-        rivals = apart.sum(0) - apart == 0  # of none of the other tokens apart
-        rivals[:, at] = False
-        rivals[np.arange(len(at)), at] = True
+        rivals = np.zeros((len(name), len(self.words)), dtype=bool)
+        for i, row in enumerate(rivals):
+            row[self._follow[tuple(name[:i])]] = True
         return rivals
 
 
@@ -106,8 +104,8 @@ def in_patches(box: Box, rows: int, columns: int) -> Box:
 
 
 def phrase_ids(phrase: str, tokenizer: Tokenizer, max_text: int) -> list[int]:
-    """The tokens of a phrase, the first `max_text` of them. Raises BadSample for an empty one."""
-    ids = tokenizer.encode(phrase)[:max_text]
+    """The tokens of a phrase, cut to `max_text` with the end mark. Raises BadSample for an empty one."""
+    ids = tokenizer.encode(phrase)[: max_text - 1]
     if not ids:
         raise BadSample("a named region has an empty name")
-    return ids
+    return [*ids, tokenizer.id("<|im_end|>")]

@@ -87,34 +87,23 @@ def test_a_box_covers_the_patches_it_touches():
         assert list(range(left, right)) == touched
 
 
-def test_rivals_are_what_some_name_puts_in_a_words_place():
-    """Names of a material, a colour and a shape, of which one colour is never one shape's; the held-out word is
-    nobody's rival there, and within a name of one word everything is."""
-    colours, shapes, materials = (1, 2, 3), (11, 12, 13), (21, 22)
-    pairs = [(c, s) for c in colours for s in shapes if (c, s) != (1, 11)]
-    names = Names([(m, c, s) for c, s in pairs for m in materials] + [(31,), (32, 33)])
-    assert names.words.tolist() == [1, 2, 3, 11, 12, 13, 21, 22, 31, 32, 33]
-
-    def rivals(*name):
-        return [names.words[row].tolist() for row in names.rivals(name)]
-
-    assert rivals(21, 1, 12) == [[21, 22], [1, 2, 3], [12, 13]]  # of red: 12 or 13, never 11
-    assert rivals(2, 11) == [[2, 3, 21, 22], [11, 12, 13, 21, 22]]  # a material, too, stands with 11 or with 2
-    assert rivals(22, 3, 11) == [[21, 22], [2, 3], [11, 12, 13]]
-    assert rivals(31) == [names.words.tolist()]
-    assert rivals(33, 32) == [[33], [32]]
-    assert Names([]).words.tolist() == []
-
-
-def test_the_worlds_held_out_pairs_are_not_in_question():
-    ids = {word: i for i, word in enumerate((*MATERIALS, *COLOURS, *SHAPES))}
-    names = Names([ids[c], ids[m], ids[s]] for c, s in COLOUR_SHAPE for m in MATERIALS)
+def test_rivals_are_what_names_go_on_with_after_the_same_beginning():
+    """Every word of every name against a search through all names; held-out pairs never stand against each other."""
+    ids = {word: i for i, word in enumerate((*MATERIALS, *COLOURS, *SHAPES, "end", "still", "slides", "left", "up"))}
+    all_names = [[ids[w] for w in (c, m, s, *rest, "end")] for c, s in COLOUR_SHAPE for m in MATERIALS
+                 for rest in ([], ["still"], ["slides", "left"], ["slides", "up"])]  # fmt: skip
+    names = Names(all_names)
+    assert names.words.tolist() == sorted(ids.values())
+    for name in all_names[::7]:
+        for i, row in enumerate(names.rivals(name)):
+            assert set(np.flatnonzero(row)) == {other[i] for other in all_names if other[:i] == name[:i]}
     for colour, shape in COLOUR_SHAPE:
-        rows = names.rivals([ids[colour], ids["wood"], ids[shape]])
+        rows = names.rivals([ids[w] for w in (colour, "wood", shape, "slides", "left", "end")])
         told = [{word for word, i in ids.items() if row[i]} for row in rows]
-        assert told[0] == {c for c, s in COLOUR_SHAPE if s == shape} and len(told[0]) == 5
-        assert told[1] == set(MATERIALS)
-        assert told[2] == {s for c, s in COLOUR_SHAPE if c == colour} and len(told[2]) == 5
+        assert told == [set(COLOURS), set(MATERIALS), {s for c, s in COLOUR_SHAPE if c == colour},
+                        {"end", "still", "slides"}, {"left", "up"}, {"end"}]  # fmt: skip
+        assert len(told[2]) == len(SHAPES) - 1
+    assert Names([]).words.tolist() == []
 
 
 @pytest.fixture
@@ -156,7 +145,7 @@ def test_regions_of_a_clip_lie_in_the_frames_of_their_time(tmp_path, processor, 
         (batch,) = next(loader)
     (frames, h, w), whole = batch.grid_thw[0].tolist(), len(plan.times)
     mine = batch.regions[batch.regions[:, 0] == 0].tolist()
-    names = [tokenizer.decode(t.tolist()) for t in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
+    names = [tokenizer.decode(t.tolist()[:-1]) for t in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
     assert frames == whole > 2
     assert mine == [[0, f, 0, 0, h, w] for f in (0, 1)] + [[0, f, 0, 0, 1, 1] for f in range(2, whole)]
     assert names[:whole] == ["ball", "ball"] + ["cube"] * (whole - 2)
@@ -174,7 +163,8 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
         for _ in range(6):
             for batch in next(loader):
                 names = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-                texts = [tokenizer.decode(t.tolist()) for t in names]
+                texts = [tokenizer.decode(t.tolist()[:-1]) for t in names]
+                assert {t.tolist()[-1] for t in names} == {tokenizer.id("<|im_end|>")}
                 rows = batch.grid_thw.prod(1).tolist()
                 pixels = batch.pixel_values.split(rows)
                 assert len(texts) == len(batch.regions) == 2 * len(rows) and len(batch.draws) == len(rows)
@@ -190,9 +180,9 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
                 assert not any("broken" in d for d in batch.draws)
                 assert batch.rivals.shape == (len(batch.input_ids), len(batch.words))
                 itself = batch.rivals.gather(1, torch.searchsorted(batch.words, batch.input_ids)[:, None])
-                assert itself.all() and set(batch.words.tolist()) == {
-                    i for name in ["large cube", *(f"ball {k}" for k in range(9))] for i in tokenizer.encode(name)
-                }
+                said = ["large cube", *(f"ball {k}" for k in range(9))]
+                ids = {i for name in said for i in tokenizer.encode(name)} | {tokenizer.id("<|im_end|>")}
+                assert itself.all() and set(batch.words.tolist()) == ids
         assert set(loader.stats.bad) == {"not an image"}
     assert seen == {f"ball {i}" for i in range(9)}
 

@@ -86,9 +86,9 @@ def test_optimizers_are_compared(stage, world, tmp_path, small_vocabulary):
 
 def test_towers_are_taught_and_asked_alike(world, tmp_path, small_vocabulary):
     got = figures(tower, tmp_path, "--world", world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3")
-    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 3 and {r["n"] for r in got["runs"]} != {0}
-    assert all(0 <= r[key] <= 1 for r in got["runs"] for key in ("colour", "shape", "material"))
-    assert sum(r["best"] for r in got["runs"]) == 6
+    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 4 and {r["n"] for r in got["runs"]} != {0}
+    assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
+    assert sum(r["best"] for r in got["runs"]) == 8
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():
