@@ -100,13 +100,29 @@ def _drawn(seed: int, name: str) -> tuple[str, str, list[text.Turn]]:
     turns = [turns[i] for i in random.permutation(len(turns))]
     if random.random() < 0.7:  # to repeat one of two named things takes practice
         turns.sort(key=lambda t: t["type"] != "order")
-    return lang, said, turns[: int(random.integers(1, 5))]
+    return lang, said, turns[: int(random.integers(2, 8))]
+
+
+def _twice(seed: int, name: str) -> tuple[str, list[str]]:
+    """Things in a row, then the same in another order: every word of the second line but the first few stands in the
+    first line. Nothing teaches so fast to look up what has been said."""
+    random = rng(seed, "text", name)
+    lang = "zh" if random.random() < 0.3 else "en"
+    things = []
+    for _ in range(int(random.integers(2, 7))):
+        c, s = _ALL[int(random.integers(len(_ALL)))]
+        things.append(full_phrase(c, s, str(random.choice(MATERIALS)), str(random.choice(SIZES)), lang))
+    comma = "、" if lang == "zh" else ", "
+    return lang, [comma.join(things), comma.join(things[i] for i in random.permutation(len(things)))]
 
 
 def document(seed: int, index: int) -> dict[str, Any]:
-    """{"role": "text"}: a description, most often with questions and answers after it."""
-    lang, said, turns = _drawn(seed, f"text-{index:06d}")
-    lines = [said] + [f"{t['q']} {t['a']}" for t in turns] * (index % 4 != 0)
+    """{"role": "text"}: one in three a description, most often with questions and answers after it; else `_twice`."""
+    if index % 3:
+        lang, lines = _twice(seed, f"twice-{index:06d}")
+    else:
+        lang, said, turns = _drawn(seed, f"text-{index:06d}")
+        lines = [said] + [f"{t['q']} {t['a']}" for t in turns] * (index % 4 != 0)
     return {"messages": [{"role": "text", "content": "\n".join(lines)}], "family": "text", "meta": {"lang": lang}}
 
 

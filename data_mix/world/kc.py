@@ -212,23 +212,33 @@ def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
     return _row(question + SUFFIX[lang], _yes(same, lang), shots, pair=pair, differ=attribute)
 
 
-def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator) -> list[Turn]:
+def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator, most: int = 8) -> list[Turn]:
     """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was:
-    what each shows, whether two have something in common, whether there is a sign."""
+    what each shows, whether it is a certain thing, is liked, has a sign; what two have in common. Up to `most`."""
     zh, truths, out = lang == "zh", row["meta"]["truths"], []
     for i, truth in enumerate(truths):
         where = (f"图{i + 1}里" if zh else f" in picture {i + 1}") if len(truths) > 1 else ""
+        thing, sign = truth["things"][0], bool(truth["signs"])
         q = f"{where}最大的东西是什么？" if zh else f"What is the largest thing{where}?"
-        out.append({"type": "what", "q": q, "a": unsized(truth["things"][0], lang)})
+        out.append({"type": "what", "q": q, "a": unsized(thing, lang)})
         q = f"{where}有牌子吗？" if zh else f"Is there a sign{where}?"
-        out.append({"type": "sign", "q": q, "a": _yes(bool(truth["signs"]), lang)})
-    for i, j in itertools.combinations(range(len(truths)), 2):
-        key = ("colour", "shape", "material")[int(random.integers(3))]
-        same = truths[i]["things"][0][key] == truths[j]["things"][0][key]
-        q = (f"图{i + 1}和图{j + 1}里最大的东西{say(key, lang)}相同吗？" if zh
-             else f"Has the largest thing in pictures {i + 1} and {j + 1} the same {key}?")  # fmt: skip
-        out.append({"type": "same", "q": q, "a": _yes(same, lang)})
-    return [out[i] for i in random.permutation(len(out))][: int(random.integers(1, 5))]
+        out.append({"type": "sign", "q": q, "a": _yes(sign, lang)})
+        pair, right = (thing["colour"], thing["shape"]), random.random() < 0.5
+        if not right:
+            pair, _ = change_one(random, pair, "", str(random.choice(["colour", "shape"])))
+        p = phrase(*pair, lang)
+        q = f"{where}最大的东西是{p}吗？" if zh else f"Is the largest thing{where} a {p}?"
+        out.append({"type": "is", "q": q, "a": _yes(right, lang)})
+        points = shop.like_points(thing["colour"], thing["shape"], sign)
+        liked = row["meta"].get("likes") or shop.likes(points, random)
+        q = f"{where}点赞超过1000吗？" if zh else f"More than 1000 likes{where}?"
+        out.append({"type": "likes", "q": q, "a": _yes(liked > 1000, lang)})
+    for (i, a), (j, b) in itertools.combinations(enumerate(t["things"][0] for t in truths), 2):
+        for key in ("colour", "shape", "material"):
+            q = (f"图{i + 1}和图{j + 1}里最大的东西{say(key, lang)}相同吗？" if zh
+                 else f"Has the largest thing in pictures {i + 1} and {j + 1} the same {key}?")  # fmt: skip
+            out.append({"type": "same", "q": q, "a": _yes(a[key] == b[key], lang)})
+    return [out[i] for i in random.permutation(len(out))][: int(random.integers(most // 2, most + 1))]
 
 
 MAKERS: dict[str, Callable] = dict(

@@ -13,6 +13,7 @@ from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.shards import Source
+from data_mix.world.words import ZH
 from mm import formats
 from mm.common import dist
 from mm.common.config import nearest
@@ -65,8 +66,10 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> Path:
 
 def texts_of(folders: Iterable[Path]) -> Iterator[str]:
     """All that is said in these source folders, with what the template says around it, without the marks that are
-    tokens of their own."""
-    marks = re.compile("|".join(map(re.escape, sorted(ANSWER))))
+    tokens of their own, and each of the world's Chinese words by itself. Chinese has no blanks: in so few texts
+    "blue glass cube" would become one piece, in which no part can be told from another."""
+    words = sorted(ZH.values(), key=len, reverse=True)
+    cut = re.compile("|".join(map(re.escape, sorted(ANSWER))) + f"|({'|'.join(words)})")
     for folder in folders:
         source = Source(folder)
         for i in range(len(source)):
@@ -77,7 +80,7 @@ def texts_of(folders: Iterable[Path]) -> Iterator[str]:
                 yield f"{message['role']}\n"
                 content = message["content"]
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-                yield from (t for p in parts if p["type"] == "text" for t in marks.split(p["text"]) if t)
+                yield from (t for p in parts if p["type"] == "text" for t in cut.split(p["text"]) if t)
 
 
 def tokenizer_of(stage: Stage, means: Means) -> Tokenizer:

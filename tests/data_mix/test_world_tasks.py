@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -15,9 +16,11 @@ from data_mix.shards import Source
 from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
 from data_mix.world.stills import picture
 from data_mix.world.truth import make_brief, make_clip, truth_of
-from data_mix.world.words import COLOUR_SHAPE, HELD_COLOUR_SHAPE
+from data_mix.world.words import COLOUR_SHAPE, COLOURS, HELD_COLOUR_SHAPE, SHAPES, ZH
 from mm.common.seeds import rng
 from mm.sizes import PROCESSORS
+from mm.tokenizer import Tokenizer
+from stages.keye.run import VOCABULARY, texts_of
 from vision.media import video_info
 
 _BOX = re.compile(
@@ -245,3 +248,65 @@ def test_shop_questions_in_words_tell_what_they_ask():
             assert all(facts[k] == v for k, v in json.loads(answer).items())
         seen[task, answer if task in ("SPU", "High_like") else ""] += 1
     assert len(seen) == 3 + 4 + 4 and min(seen.values()) >= 4
+
+
+def test_what_is_asked_after_a_shop_question_is_true():
+    """Every kind of follow-up against the truths of its pictures, and no kind leans to one answer of two."""
+    seen: Counter = Counter()
+    for i in range(240):
+        task = kc.TASKS[i % 6]
+        row = kc.MAKERS[task](documents.told("en"), rng(6, i), "en", COLOUR_SHAPE, i)
+        things = [t["things"][0] for t in row["meta"]["truths"]]
+        signs = [bool(t["signs"]) for t in row["meta"]["truths"]]
+        turns = kc.follow_ups(row, "en", rng(7, i))
+        assert 4 <= len(turns) <= 8 or task in ("CPV", "High_like", "PornComment")
+        assert len({t["q"] for t in turns}) == len(turns)
+        for t in turns:
+            at = [int(n) - 1 for n in re.findall(r"\d+", t["q"].replace("1000", ""))] or [0]
+            thing = things[at[0]]
+            if t["type"] == "what":
+                assert t["a"] == f"{thing['colour']} {thing['material']} {thing['shape']}"
+                continue
+            if t["type"] == "same":
+                key = t["q"].split()[-1].strip("?")
+                right = thing[key] == things[at[1]][key]
+            elif t["type"] == "is":
+                right = t["q"].endswith(f" a {thing['colour']} {thing['shape']}?")
+                named = tuple(t["q"].strip("?").split()[-2:])
+                assert named in COLOUR_SHAPE and (named[0] == thing["colour"] or named[1] == thing["shape"])
+            elif t["type"] == "sign":
+                right = signs[at[0]]
+            elif task == "High_like":
+                right = row["meta"]["likes"] > 1000
+            else:
+                points = shop.like_points(thing["colour"], thing["shape"], signs[at[0]])
+                right = points > 0 if abs(points) > 1.5 else t["a"] == "yes"  # nearer to 0 noise may have turned it
+            assert t["a"] == ("yes" if right else "no")
+            seen[t["type"], t["a"]] += 1
+    assert min(seen["sign", "yes"], seen["sign", "no"]) > 5  # few covers have one
+    for kind in ("same", "is", "likes"):
+        assert min(seen[kind, "yes"], seen[kind, "no"]) > 0.15 * (seen[kind, "yes"] + seen[kind, "no"]) > 5
+
+
+def test_the_worlds_tokenizer_has_a_piece_for_each_word_of_a_name(world):
+    """In both languages: a piece for a whole name would hold a pair that is told apart in no part."""
+    tokenizer = Tokenizer.train(texts_of(sorted((world / "sources").iterdir())), VOCABULARY)
+    for colour, shape in itertools.product(COLOURS, SHAPES):
+        for lang, blank in (("en", " "), ("zh", "")):
+            names = [colour, "wood", shape] if lang == "en" else [ZH[colour], ZH["wood"], ZH[shape]]
+            pieces = [tokenizer.decode([i]) for i in tokenizer.encode(f"{blank}{blank.join(names)}")]
+            assert pieces == [blank + name for name in names]
+
+
+def test_things_named_twice_come_back_in_another_order():
+    orders, languages = set(), Counter()
+    for i in range(120):
+        (message,) = documents.document(8, i)["messages"]
+        lines = message["content"].split("\n")
+        if i % 3:
+            zh = "、" in lines[0] or not lines[0].isascii()
+            first, second = (line.split("、" if zh else ", ") for line in lines)
+            assert sorted(first) == sorted(second) and 2 <= len(first) <= 6
+            orders.add(tuple(first.index(t) for t in second))
+            languages[zh] += 1
+    assert len(orders) > 20 and min(languages.values()) > 10
