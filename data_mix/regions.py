@@ -7,7 +7,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ _PART = re.compile(
     r"|<\|(?P<tag>object_ref|ocr_text)_start\|>(?P<phrase>[^<]+)<\|(?P=tag)_end\|>\s*"
     r"<\|box_start\|>\s*(?P<boxes>\[\[[^<]*\]\])\s*<\|box_end\|>"
 )
+_NAME = re.compile(r"<\|object_ref_start\|>([^<]+)<\|object_ref_end\|>")
 _BOX = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\]")
 _SPAN = re.compile(r"\s*\[\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\]\s*")
 
@@ -45,12 +46,13 @@ class Region:
 
 
 class Names:
-    """How the names of a data set go on: what each word (token) of a name has to be told from.
+    """How the names of a data set go on: what each word (token) has to be told from, and what is left open.
 
-    The rivals of a word are the words with which some name goes on after the same beginning. After "red wood" these
-    are the shapes of red wooden things, so colours are told from colours and shapes from shapes; and a shape that the
-    data never show in red is not told from the others there. That the data hold no red cube is then no reason to
-    learn that what is red is no cube.
+    The rivals of a word in a name are the words with which some name goes on after the same beginning. After
+    "red wood" these are the shapes of red wooden things, so colours are told from colours and shapes from shapes; and
+    a shape that the data never show in red is not told from the others there. It is open: it does follow other
+    beginnings in their place, "blue wood cube", and that the data hold no red cube is no reason to learn that what
+    is red is no cube.
 
     Attributes: words, int64 [U], ascending: all that stand in names.
     """
@@ -61,14 +63,43 @@ class Names:
             for i, word in enumerate(name):
                 follow[name[:i]].add(word)
         self.words = np.array(sorted(set().union(*follow.values())), dtype=np.int64)
-        self._follow = {start: np.searchsorted(self.words, sorted(after)) for start, after in follow.items()}
+        self._columns = {start: np.searchsorted(self.words, sorted(after)) for start, after in follow.items()}
+        self._longest = max(map(len, follow), default=0)
+        beside: dict[tuple[int, int], set[int]] = defaultdict(set)  # (length of the beginning, word) -> its rivals
+        for start, after in follow.items():
+            for word in after if start else ():
+                beside[len(start), word] |= after
+        self._open = {(start, word): sorted(beside[len(start), word] - after)
+                      for start, after in follow.items() if start for word in after}  # fmt: skip
 
     def rivals(self, name: Sequence[int]) -> np.ndarray:
         """bool [len(name), U]: for each token of a name of the data, its rivals and itself."""
         rivals = np.zeros((len(name), len(self.words)), dtype=bool)
         for i, row in enumerate(rivals):
-            row[self._follow[tuple(name[:i])]] = True
+            row[self._columns[tuple(name[:i])]] = True
         return rivals
+
+    def open(self, ids: Sequence[int], places: Iterable[int]) -> list[tuple[int, int]]:
+        """(place, token) of all that is open at those places of a text: what stands beside the word there after
+        other beginnings of as many words, and never after this one, the longest that ends just before and that some
+        name goes on from with that word."""
+        found = []
+        for i in places:
+            for n in range(min(self._longest, i), 0, -1):
+                after = self._open.get((tuple(ids[i - n : i]), ids[i]))
+                if after is not None:
+                    found += [(i, word) for word in after]
+                    break
+        return found
+
+
+def phrases(sample: dict[str, Any]) -> Iterator[str]:
+    """Everything that a sample calls by a name between object tags, in whatever turn."""
+    for message in sample["messages"]:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+        for text in parts:
+            yield from (p.strip() for p in _NAME.findall(text))
 
 
 def named_regions(sample: dict[str, Any]) -> list[Region]:
