@@ -4,7 +4,6 @@ Everything here is a pure function of (data, processor, tokenizer, weights, budg
 list of draws on every rank, at every number of workers, and after every restart.
 """
 
-import contextlib
 import hashlib
 import json
 import threading
@@ -213,14 +212,12 @@ class PackPlan:
 
 
 def names_of(sources: Sequence[Source], tokenizer: Tokenizer) -> Names:
-    """The names in these sources as they stand in texts: at a start and after a blank. Samples that cannot be read
-    are passed over: nothing is drawn here."""
-    found: set[str] = set()
-    for source in sources:
-        for i in range(len(source)):
-            with contextlib.suppress(BadSample):
-                found.update(phrases(source.sample(i)))
-    return Names(tokenizer.encode(blank + p) for p in found for blank in ("", " "))
+    """The names in these sources as they stand in texts: at a start, and after a blank where that is no token of its
+    own (in Chinese it is, and would shift the words' places)."""
+    found = {p for source in sources for i in range(len(source)) for p in phrases(source.sample(i))}
+    plain = {p: tokenizer.encode(p) for p in found}
+    after = {p: tokenizer.encode(" " + p) for p in found}
+    return Names([*plain.values(), *(ids for p, ids in after.items() if len(ids) == len(plain[p]))])
 
 
 def best_fit(

@@ -48,47 +48,56 @@ class Region:
 class Names:
     """How the names of a data set go on: what each word (token) has to be told from, and what is left open.
 
-    The rivals of a word in a name are the words with which some name goes on after the same beginning. After
-    "red wood" these are the shapes of red wooden things, so colours are told from colours and shapes from shapes; and
-    a shape that the data never show in red is not told from the others there. It is open: it does follow other
-    beginnings in their place, "blue wood cube", and that the data hold no red cube is no reason to learn that what
-    is red is no cube.
+    In place of a word could stand whatever stands beside it after some beginning of as many words: after "blue wood"
+    come all shapes, so after "red wood" all could. Of these, the rivals are what no name keeps apart from any word of
+    the beginning. The others are open: that the data hold no red cube is no reason to learn that what is red is no
+    cube. So colours are told from colours and shapes from shapes, but never "cube" from what is red.
+
+    Words stand for places here: in names of one data set a place must mean the same kind of word.
 
     Attributes: words, int64 [U], ascending: all that stand in names.
     """
 
     def __init__(self, names: Iterable[Sequence[int]]):
+        distinct = set(map(tuple, names))
+        self.words = np.array(sorted({word for name in distinct for word in name}), dtype=np.int64)
+        self._apart = np.ones((len(self.words), len(self.words)), dtype=bool)  # no name has both
         follow: dict[tuple[int, ...], set[int]] = defaultdict(set)
-        for name in set(map(tuple, names)):
-            for i, word in enumerate(name):
-                follow[name[:i]].add(word)
-        self.words = np.array(sorted(set().union(*follow.values())), dtype=np.int64)
-        self._columns = {start: np.searchsorted(self.words, sorted(after)) for start, after in follow.items()}
-        self._longest = max(map(len, follow), default=0)
-        beside: dict[tuple[int, int], set[int]] = defaultdict(set)  # (length of the beginning, word) -> its rivals
+        for name in distinct:
+            at = np.searchsorted(self.words, name)
+            self._apart[np.ix_(at, at)] = False
+            for i, word in enumerate(at):
+                follow[name[:i]].add(int(word))
+        beside: dict[tuple[int, int], set[int]] = defaultdict(set)  # (length of the beginning, word), in columns
         for start, after in follow.items():
-            for word in after if start else ():
+            for word in after:
                 beside[len(start), word] |= after
-        self._open = {(start, word): sorted(beside[len(start), word] - after)
-                      for start, after in follow.items() if start for word in after}  # fmt: skip
+        self._longest = max(map(len, follow), default=0)
+        self._could = {  # (beginning, word that goes on) -> columns of rivals, itself among them, and of what is open
+            (start, int(self.words[word])): self._parted(start, np.array(sorted(beside[len(start), word])))
+            for start, after in follow.items() for word in after
+        }  # fmt: skip
+
+    def _parted(self, start: tuple[int, ...], columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        apart = self._apart[np.searchsorted(self.words, start)][:, columns].any(0)
+        return columns[~apart], columns[apart]
 
     def rivals(self, name: Sequence[int]) -> np.ndarray:
         """bool [len(name), U]: for each token of a name of the data, its rivals and itself."""
         rivals = np.zeros((len(name), len(self.words)), dtype=bool)
-        for i, row in enumerate(rivals):
-            row[self._columns[tuple(name[:i])]] = True
+        for i, word in enumerate(name):
+            rivals[i, self._could[tuple(name[:i]), word][0]] = True
         return rivals
 
     def open(self, ids: Sequence[int], places: Iterable[int]) -> list[tuple[int, int]]:
-        """(place, token) of all that is open at those places of a text: what stands beside the word there after
-        other beginnings of as many words, and never after this one, the longest that ends just before and that some
-        name goes on from with that word."""
+        """(place, token) of all that is open at those places of a text, after the longest beginning of a name (of one
+        word at least) that ends just before and goes on with the word which stands there."""
         found = []
         for i in places:
             for n in range(min(self._longest, i), 0, -1):
-                after = self._open.get((tuple(ids[i - n : i]), ids[i]))
-                if after is not None:
-                    found += [(i, word) for word in after]
+                could = self._could.get((tuple(ids[i - n : i]), ids[i]))
+                if could is not None:
+                    found += [(i, int(self.words[column])) for column in could[1]]
                     break
         return found
 

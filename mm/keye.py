@@ -97,8 +97,9 @@ def token_logprobs(
         return -F.cross_entropy(logits, t, reduction="none")
 
     def left_out(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = targets.new_zeros(0, 2) if without is None else without
-        here = pairs[(pairs[:, 0] >= i) & (pairs[:, 0] < i + chunk)]
+        if without is None or not len(without):
+            return targets[:0], targets[:0]
+        here = without[(without[:, 0] >= i) & (without[:, 0] < i + chunk)]
         return here[:, 0] - i, here[:, 1]
 
     # At least one piece, even of no rows, so that the head has a gradient on every rank.

@@ -104,8 +104,8 @@ def _drawn(seed: int, name: str) -> tuple[str, str, list[text.Turn]]:
 
 
 def _twice(seed: int, name: str) -> tuple[str, list[str]]:
-    """Things in a row, then the same in another order: every word of the second line but the first few stands in the
-    first line. Nothing teaches so fast to look up what has been said."""
+    """Things in a row, then the same in another order: once a name has begun, the first line tells how it goes on.
+    Nothing teaches so fast to look up what has been said."""
     random = rng(seed, "text", name)
     lang = "zh" if random.random() < 0.3 else "en"
     things = []

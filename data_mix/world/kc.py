@@ -212,9 +212,10 @@ def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
     return _row(question + SUFFIX[lang], _yes(same, lang), shots, pair=pair, differ=attribute)
 
 
-def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator, most: int = 8) -> list[Turn]:
+def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator) -> list[Turn]:
     """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was:
-    what each shows, whether it is a certain thing, is liked, has a sign; what two have in common. Up to `most`."""
+    what each shows, whether it is a certain thing, is liked, has a sign; what two have in common. Four to eight of
+    them, where there are so many."""
     zh, truths, out = lang == "zh", row["meta"]["truths"], []
     for i, truth in enumerate(truths):
         where = (f"图{i + 1}里" if zh else f" in picture {i + 1}") if len(truths) > 1 else ""
@@ -238,7 +239,7 @@ def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator, most
             q = (f"图{i + 1}和图{j + 1}里最大的东西{say(key, lang)}相同吗？" if zh
                  else f"Has the largest thing in pictures {i + 1} and {j + 1} the same {key}?")  # fmt: skip
             out.append({"type": "same", "q": q, "a": _yes(a[key] == b[key], lang)})
-    return [out[i] for i in random.permutation(len(out))][: int(random.integers(most // 2, most + 1))]
+    return [out[i] for i in random.permutation(len(out))][: int(random.integers(4, 9))]
 
 
 MAKERS: dict[str, Callable] = dict(

@@ -13,7 +13,7 @@ from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.shards import Source
-from data_mix.world.words import ZH
+from data_mix.world.words import CLASSES, ZH
 from mm import formats
 from mm.common import dist
 from mm.common.config import nearest
@@ -66,9 +66,9 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> Path:
 
 def texts_of(folders: Iterable[Path]) -> Iterator[str]:
     """All that is said in these source folders, with what the template says around it, without the marks that are
-    tokens of their own, and each of the world's Chinese words by itself. Chinese has no blanks: in so few texts
-    "blue glass cube" would become one piece, in which no part can be told from another."""
-    words = sorted(ZH.values(), key=len, reverse=True)
+    tokens of their own, and with each Chinese word of the world's names by itself. Chinese has no blanks: in so few
+    texts "blue glass cube" would become one piece, in which no part can be told from another."""
+    words = sorted((ZH[word] for kind in CLASSES.values() for word in kind), key=len, reverse=True)
     cut = re.compile("|".join(map(re.escape, sorted(ANSWER))) + f"|({'|'.join(words)})")
     for folder in folders:
         source = Source(folder)

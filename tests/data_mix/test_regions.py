@@ -130,6 +130,17 @@ def test_what_no_name_puts_together_is_open_where_it_could_stand():
     assert Names([]).open([1, 2, 3], [0, 1, 2]) == []
 
 
+def test_what_was_only_not_drawn_is_a_rival_and_not_open():
+    """Red wood with a cone was never drawn, but red stands with cones of glass: that is no held-out pair."""
+    words = ("red", "blue", "wood", "glass", "ball", "cube", "cone")
+    ids = {word: i for i, word in enumerate(words)}
+    drawn = ("red wood ball", "red glass cone", "blue wood ball", "blue wood cube", "blue wood cone")
+    names = Names([ids[w] for w in name.split()] for name in drawn)
+    name = [ids[w] for w in ("red", "wood", "ball")]
+    assert [words[i] for i in np.flatnonzero(names.rivals(name)[2])] == ["ball", "cone"]
+    assert [words[token] for _, token in names.open(name, [2])] == ["cube"]
+
+
 def test_packs_come_with_what_the_named_sources_leave_open(tmp_path, processor, tokenizer):
     """Names are read from one source, texts from another; only trained places, and not without named sources."""
     pairs = [(c, s) for c in "abc" for s in "xyz" if (c, s) != ("a", "x")]
