@@ -81,7 +81,7 @@ def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str
     tower = model.vision_model
     shapes = model.text_model.embeddings.token_embedding.weight[[tokenizer.encode(" " + s)[-1] for s in SHAPES]]
     rows: list[np.ndarray] = []
-    right: dict[str, list[bool]] = {key: [] for key in TOLD}
+    told: dict[str, list[bool]] = {key: [] for key in TOLD}
     facts: list[tuple[int, dict]] = []
     for i, (frames, grid, found) in enumerate(clips):
         pixels = torch.from_numpy(PROCESSORS["tiny"].patchify(frames))
@@ -90,15 +90,15 @@ def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str
             mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
             rows.append(mean.numpy())
             held = (thing["colour"], thing["shape"]) in HELD_COLOUR_SHAPE
-            right[TOLD[0 if held else 1]].append(SHAPES[int((shapes @ mean).argmax())] == thing["shape"])
+            told[TOLD[0 if held else 1]].append(SHAPES[int((shapes @ mean).argmax())] == thing["shape"])
             facts.append((i, thing))
     x, test = np.stack(rows), np.array([i % 4 == 3 for i, _ in facts])
-    out = {key: float(np.mean(hits)) for key, hits in right.items()}
+    out = {key: float(np.mean(hits)) for key, hits in told.items()}
     for key in ASKED:
         y = np.array([thing[key] for _, thing in facts])
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500)).fit(x[~test], y[~test])
         out[key] = float((model.predict(x[test]) == y[test]).mean())
-    return {**out, "n": int(test.sum()), "held": len(right[TOLD[0]]), "other": len(right[TOLD[1]])}
+    return {**out, "n": int(test.sum()), "held": len(told[TOLD[0]]), "other": len(told[TOLD[1]])}
 
 
 @torch.no_grad()
