@@ -13,7 +13,7 @@ from mm.common import dist
 from mm.common.errors import UserError
 
 # Methods that training calls besides forward: each gathers the root's weights as forward does.
-ENTRIES = ("loss", "image_embeds", "text_embeds", "word_loss")
+ENTRIES = ("loss", "image_embeds", "text_embeds", "region_losses")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

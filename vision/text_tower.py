@@ -147,18 +147,21 @@ class ContrastiveModel(nn.Module):
         """One vector of length 1 per text: fp32 [M, D]."""
         return F.normalize(self.text_model(input_ids, cu_seqlens).float(), dim=-1)
 
-    def word_loss(
+    def region_losses(
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
         cu_seqlens: torch.Tensor, words: torch.Tensor, rivals: torch.Tensor,
-    ) -> tuple[torch.Tensor, int]:  # fmt: skip
-        """(fp32 sum, number of regions and frames, a picture being one): each patch of a region is asked for the
-        words of its name, and what lies in no region is to say nothing.
+    ) -> dict[str, tuple[torch.Tensor, int]]:  # fmt: skip
+        """What each patch of a region tells of it: the words of its name and the places it takes; what lies in no
+        region is to say nothing. {"words": (fp32 sum, number of regions and frames, a picture being one), "places":
+        (fp32 sum, number of regions)}.
 
         The arguments are those of `mm.batch.RegionBatch`. A patch's logit for a word is its feature times that
-        word's token embedding (the text tower's own table, so hidden_size must equal the vision tower's). A
-        region's loss is the mean, over its patches and the tokens of its name, of the cross entropy of that token
-        among its rivals; a frame's is the mean over its patches outside all regions of the divergence from all
-        words alike (0 where there are none such).
+        word's token embedding (the text tower's own table, so hidden_size must equal the vision tower's), for a
+        place of its frame its feature times what the tower's own position table adds there. A region's loss of
+        words is the mean, over its patches and the tokens of its name, of the cross entropy of that token among its
+        rivals; a frame's is the mean over its patches outside all regions of the divergence from all words alike (0
+        where there are none such); a region's loss of places is the mean over its patches of the divergence from
+        the places of all of them alike.
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
         table = self.text_model.embeddings.token_embedding.weight[words]
@@ -172,7 +175,21 @@ class ContrastiveModel(nn.Module):
         sizes = grid_thw[:, 1:].prod(1).repeat_interleave(grid_thw[:, 0])
         frame = torch.arange(len(sizes), device=logits.device).repeat_interleave(sizes)[bare]
         silent = logits[bare].logsumexp(-1) - logits[bare].mean(-1) - math.log(len(words))
-        return named.sum() + mean_of(silent, frame, len(sizes)).sum(), len(regions) + len(sizes)
+        told = named.sum() + mean_of(silent, frame, len(sizes)).sum()
+        placed = self._place_loss(features, grid_thw, rows, of, len(regions))
+        return {"words": (told, len(regions) + len(sizes)), "places": (placed, len(regions))}
+
+    def _place_loss(
+        self, features: torch.Tensor, grid_thw: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, n: int
+    ) -> torch.Tensor:
+        grids = grid_thw.tolist()
+        places = self.vision_model.embeddings.positions(grids)  # [N, D], the same in every frame
+        lengths = [t * h * w for t, h, w in grids]
+        pictures = zip(features.split(lengths), places.split(lengths), grids, strict=True)
+        among = torch.cat([(f @ p[: h * w].to(f.dtype).T).float().logsumexp(-1) for f, p, (_, h, w) in pictures])
+        # The mean over a region's patches of (feature times mean place) is (mean feature) times (mean place).
+        feature, place = mean_of(features.float()[rows], of, n), mean_of(places[rows], of, n)
+        return (mean_of(among[rows], of, n) - (feature * place).sum(-1) - torch.bincount(of, minlength=n).log()).sum()
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
@@ -206,9 +223,9 @@ def region_patches(regions: torch.Tensor, grid_thw: torch.Tensor) -> tuple[torch
 
 
 def mean_of(values: torch.Tensor, of: torch.Tensor, n: int) -> torch.Tensor:
-    """[K], int64 [K] -> [n]: the mean of the values of each of n groups, 0 of an empty one."""
-    count = torch.bincount(of, minlength=n).clamp(min=1)
-    return values.new_zeros(n).index_add(0, of, values) / count
+    """[K, ...], int64 [K] -> [n, ...]: the mean of the values of each of n groups, 0 of an empty one."""
+    count = torch.bincount(of, minlength=n).clamp(min=1).view(-1, *[1] * (values.dim() - 1))
+    return values.new_zeros(n, *values.shape[1:]).index_add(0, of, values) / count
 
 
 def each_with_each(of: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

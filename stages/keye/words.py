@@ -5,9 +5,9 @@
 At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
 billions of pictures. Here it is trained from nothing on the world's `regions` and `tracks`: pictures and clips whose
 answer names each thing, where it is and, in a clip, what it does, in the published grounding format. Every patch of
-a region tells the words of its name from their rivals (`data_mix/regions.py: Names`), and what lies in no region
-says nothing, so a picture teaches at a hundred places and not at one (`benchmarks/tower.py` sets it against s0_vit
-alone).
+a region tells the words of its name from their rivals (`data_mix/regions.py: Names`), and the places of its box from
+all places of its frame; what lies in no region says no word. So a picture teaches at a hundred places and not at one
+(`benchmarks/tower.py` sets it against s0_vit alone), and the tower keeps where things are, which no word needs.
 """
 
 from data_mix.mix import SourceSpec

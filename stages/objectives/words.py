@@ -1,4 +1,4 @@
-"""Every patch of a named region tells the words of its name from their rivals: a tower from nothing, in minutes."""
+"""Every patch of a named region tells the words of its name, and where it is: a tower from nothing, in minutes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,34 +12,38 @@ from stages.stage import Budget
 
 
 class Words(Objective):
-    """Sum over regions and frames (a picture is one) of `model.word_loss` / their number in the whole step.
+    """Means over the whole step of `model.region_losses`: of words over regions and frames (a picture is one), of
+    places over regions; their sum is the loss.
 
-    After "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are the
-    tokens of its caption; here those of a phrase are asked of each patch that its box touches, each among what
-    else could stand in its place (`data_mix.regions.Names`), and no word of the patches that no box touches.
+    Words are after "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are
+    the tokens of its caption; here those of a phrase are asked of each patch that its box touches, each among what
+    else could stand in its place (`data_mix.regions.Names`), and no word of the patches that no box touches. Places
+    are ours: words are the same wherever a thing lies, so from words alone a tower unlearns where that is.
     """
 
     kind = "regions"
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
-        return {"words": float(sum(len(b.regions) + int(b.grid_thw[:, 0].sum()) for b in batches))}
+        regions = sum(len(b.regions) for b in batches)
+        return {"words": float(regions + sum(int(b.grid_thw[:, 0].sum()) for b in batches)), "places": float(regions)}
 
     def accumulate(
         self, model: Any, batches: Sequence[RegionBatch], denominators: dict[str, float],
         phase: str = "main",
     ) -> Terms:  # fmt: skip
         device = device_of(model)
-        total, count = torch.zeros((), device=device), 0.0
-        weight = 1.0 / max(denominators["words"], 1e-9)
+        weights = {term: 1.0 / max(n, 1e-9) for term, n in denominators.items()}
+        terms: Terms = {term: (torch.zeros((), device=device), 0.0) for term in weights}
         for i in range(most(batches, device)):
             real = i < len(batches)
             b = batches[i] if real else self.blank(model).to(device)
-            loss, n = model.word_loss(
+            losses = model.region_losses(
                 b.pixel_values, b.grid_thw, b.regions, b.input_ids, b.cu_seqlens, b.words, b.rivals
             )
-            (loss * weight * real).backward()
-            total, count = total + loss.detach() * real, count + n * real
-        return {"words": (total, count)}
+            torch.stack([loss * weights[term] * real for term, (loss, _) in losses.items()]).sum().backward()
+            for term, (loss, n) in losses.items():
+                terms[term] = (terms[term][0] + loss.detach() * real, terms[term][1] + n * real)
+        return terms
 
     def flops(self, model: Any, batches: Sequence[RegionBatch]) -> float:
         return sum(flops.of_regions(model, b).training for b in batches)

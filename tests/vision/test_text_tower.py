@@ -119,7 +119,7 @@ def test_user_mistakes():
 
 
 def named(regions, texts, grids, rivals=None):
-    """The arguments of word_loss, over the words 3 to 32; every word is every other's rival unless given."""
+    """The arguments of region_losses, over the words 3 to 32; every word is every other's rival unless given."""
     pixels = torch.randint(0, 256, (int(grids.prod(1).sum()), 192), dtype=torch.uint8)
     starts = torch.tensor([0, *map(len, texts)]).cumsum(0).to(torch.int32)
     ids = torch.tensor([i for t in texts for i in t])
@@ -148,7 +148,7 @@ def test_word_loss_tells_each_word_of_a_region_from_its_rivals_and_asks_the_rest
     rivals = torch.rand(7, 30) < 0.4
     rivals.scatter_(1, torch.tensor([[i - 3] for t in texts for i in t]), True)
     batch = named(regions, texts, grids, rivals)
-    loss, n = ours.word_loss(*batch)
+    loss, n = ours.region_losses(*batch)["words"]
     table = ours.text_model.embeddings.token_embedding.weight[3:33]
     features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 24, 4])
     bare = [torch.ones(*g, dtype=torch.bool) for g in grids.tolist()]
@@ -169,13 +169,39 @@ def test_word_loss_tells_each_word_of_a_region_from_its_rivals_and_asks_the_rest
     assert n == 8 and torch.allclose(loss, want, atol=1e-4)
 
 
+def test_place_loss_tells_the_places_of_a_region_from_all_of_its_frame():
+    """Against torch's divergence, patch by patch, the position table interpolated to each picture's own grid."""
+    ours = model()
+    ours.init_weights(0)
+    table = ours.vision_model.embeddings.position_embedding
+    torch.nn.init.normal_(table.weight)
+    grids = torch.tensor([[1, 4, 4], [2, 2, 6]])
+    regions = [[0, 0, 0, 0, 2, 3], [1, 1, 1, 2, 2, 6], [0, 0, 1, 1, 4, 4], [1, 0, 0, 0, 1, 1]]
+    batch = named(regions, [[5, 7], [9], [11], [12]], grids)
+    loss, n = ours.region_losses(*batch)["places"]
+    features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 24])
+    side = int(len(table.weight) ** 0.5)
+    square = table.weight.view(side, side, -1).permute(2, 0, 1)[None]
+    want = torch.zeros(())
+    for p, frame, top, left, bottom, right in regions:
+        _, h, w = grids[p].tolist()
+        places = F.interpolate(square, size=(h, w), mode="bilinear")[0].flatten(1)  # [D, h * w]
+        inside = features[p].view(*grids[p].tolist(), -1)[frame, top:bottom, left:right].flatten(0, 1)
+        target = torch.zeros(h, w)
+        target[top:bottom, left:right] = 1 / ((bottom - top) * (right - left))
+        target = target.flatten().expand(len(inside), -1)
+        want = want + F.kl_div(F.log_softmax(inside @ places, dim=-1), target, reduction="batchmean")
+    assert n == 4 and loss.item() > 0 and torch.allclose(loss, want, atol=1e-4)
+
+
 def test_what_is_no_rival_is_not_unlearned():
     """Of a region that covers its picture only its name and their rivals move; no other word has a gradient."""
     ours = model()
     ours.init_weights(0)
     rivals = torch.zeros(2, 30, dtype=torch.bool)
     rivals[0, [2, 9]] = rivals[1, [4, 11, 12]] = True
-    ours.word_loss(*named([[0, 0, 0, 0, 4, 4]], [[5, 7]], torch.tensor([[1, 4, 4]]), rivals))[0].backward()
+    batch = named([[0, 0, 0, 0, 4, 4]], [[5, 7]], torch.tensor([[1, 4, 4]]), rivals)
+    ours.region_losses(*batch)["words"][0].backward()
     moved = ours.text_model.embeddings.token_embedding.weight.grad.abs().sum(1) > 0
     assert moved.nonzero().flatten().tolist() == [5, 7, 12, 14, 15]
 
@@ -185,5 +211,5 @@ def test_silence_is_where_all_words_are_alike():
     ours = model()
     ours.init_weights(0)
     ours.text_model.embeddings.token_embedding.weight.data.zero_()
-    loss, n = ours.word_loss(*named([[0, 0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))
+    loss, n = ours.region_losses(*named([[0, 0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))["words"]
     assert n == 2 and loss.item() == pytest.approx(math.log(30), abs=1e-5)
