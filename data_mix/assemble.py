@@ -79,10 +79,7 @@ class Assembler:
                 example = dataclasses.replace(example, loss_mask=torch.zeros_like(example.loss_mask))
             examples.append(example)
             samples.append((p.name, reason))
-        batch = join(examples, [p.name for p in pack])
-        ids, trained = batch.input_ids.tolist(), batch.loss_mask.nonzero()[:, 0].tolist()
-        left = torch.tensor(self.plan.names.open(ids, trained), dtype=torch.int64).view(-1, 2)
-        return Made(dataclasses.replace(batch, open=left), samples)
+        return Made(join(examples, [p.name for p in pack]), samples)
 
     def _frames(self, p: Pending) -> tuple[dict[str, np.ndarray], str]:
         """Every member's frames; all grey, and the reason, where one of them is bad."""

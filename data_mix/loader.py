@@ -90,7 +90,7 @@ class Loader:
         if state["fingerprint"] != self.plan.fingerprint:
             raise UserError(
                 f"the checkpoint was trained on data plan {state['fingerprint']}, this is {self.plan.fingerprint}: "
-                "sources, weights, budgets, seed, processor, tokenizer or names differ; restore them, or start anew"
+                "the sources, weights, budgets, seed, processor or tokenizer differ; restore them, or start anew"
             )
         self._stop_thread()
         self.position = int(state["position"])

@@ -9,7 +9,6 @@ import json
 import threading
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -17,8 +16,7 @@ import numpy as np
 
 from data_mix.counts import Counts, count_source
 from data_mix.mix import Draw, Mix
-from data_mix.regions import Names, named_regions, phrase_ids, phrases
-from data_mix.shards import Source
+from data_mix.regions import Names, named_regions, phrase_ids
 from mm.common.errors import BadSample, UserError
 from mm.common.seeds import rng
 from mm.processor import Processor
@@ -41,19 +39,18 @@ class PackPlan:
             the costliest, so that no rank waits long for another.
         kind: "packs" of whole conversations; "pairs" of one picture or clip and its caption, whose text is cut at
             `max_text` tokens; "regions" of one picture or clip each, named in its caption (`data_mix.regions`).
-        named: sources whose names for things say what is open in the packs (`Names.open`); none: nothing is.
     Attributes:
         refused: BadSample per sample that can never be drawn (unreadable, or larger than a budget), by name.
         turns: {(source, sample): messages kept} of the conversations whose last exchanges are left out, whole,
             so that the rest fits.
-        names: what things are called: by the samples of kind "regions", else by the sources `named`.
+        names: of kind "regions", what its samples call things.
     Raises UserError where nothing is left to draw or a budget is not positive.
     """
 
     def __init__(
         self, mix: Mix, processor: Processor, tokenizer: Tokenizer, token_budget: int, visual_budget: int,
         seed: int = 0, *, kind: Kind = "packs", max_text: int = 64, alike: int = 1,
-        named: Sequence[Source] = (), quiet: bool = True,
+        quiet: bool = True,
     ):  # fmt: skip
         if min(token_budget, visual_budget, alike) < 1 or kind not in get_args(Kind):
             raise UserError(f"token_budget={token_budget}, visual_budget={visual_budget} and alike={alike} must be "
@@ -71,8 +68,7 @@ class PackPlan:
         self._check_something_left(usable)
         means = [float(c.tokens[u].mean()) for c, u in zip(self.counts, usable, strict=True)]
         mix.bind(usable, means)
-        self._named = [source.fingerprint for source in named]
-        self.names = self._names(usable) if kind == "regions" else names_of(named, tokenizer)
+        self.names = self._names(usable) if kind == "regions" else Names([])
         self.draws_per_window = self._draws_per_window(usable)
         self._first, self._at = [0], [0]  # pack number that window self._at[k] begins with
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -91,9 +87,9 @@ class PackPlan:
         return np.flatnonzero(usable)
 
     def _names(self, usable: list[np.ndarray]) -> Names:
-        found = {region.phrase for source, samples in zip(self.mix.sources, usable, strict=True)
-                 for i in map(int, samples) for region in named_regions(source.sample(i))}  # fmt: skip
-        return Names(phrase_ids(p, self.tokenizer, self.max_text) for p in found)
+        phrases = {region.phrase for source, samples in zip(self.mix.sources, usable, strict=True)
+                   for i in map(int, samples) for region in named_regions(source.sample(i))}  # fmt: skip
+        return Names(phrase_ids(p, self.tokenizer, self.max_text) for p in phrases)
 
     def _shorten(self, number: int, i: int, counts: Counts) -> str:
         """Keep the most whole exchanges that fit, never cutting inside one; else the reason why not."""
@@ -138,10 +134,10 @@ class PackPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Covers sources, weights, unit, seeds, budgets, processor, tokenizer, names: all that decides a pack."""
+        """Covers sources, weights, unit, seeds, budgets, processor, tokenizer: all that decides pack(i)."""
         text = json.dumps([
-            "plan-3", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.alike, self.token_budget,
-            self.visual_budget, self.draws_per_window, self.processor.hash, self.tokenizer.hash, self._named,
+            "plan-2", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.alike, self.token_budget,
+            self.visual_budget, self.draws_per_window, self.processor.hash, self.tokenizer.hash,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -209,15 +205,6 @@ class PackPlan:
             "visual": float(visual) / (packs * self.visual_budget),
             "samples_per_pack": sum(map(len, rows)) / packs,
         }
-
-
-def names_of(sources: Sequence[Source], tokenizer: Tokenizer) -> Names:
-    """The names in these sources as they stand in texts: at a start, and after a blank where that is no token of its
-    own (in Chinese it is, and would shift the words' places)."""
-    found = {p for source in sources for i in range(len(source)) for p in phrases(source.sample(i))}
-    plain = {p: tokenizer.encode(p) for p in found}
-    after = {p: tokenizer.encode(" " + p) for p in found}
-    return Names([*plain.values(), *(ids for p, ids in after.items() if len(ids) == len(plain[p]))])
 
 
 def best_fit(

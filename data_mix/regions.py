@@ -7,7 +7,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ _PART = re.compile(
     r"|<\|(?P<tag>object_ref|ocr_text)_start\|>(?P<phrase>[^<]+)<\|(?P=tag)_end\|>\s*"
     r"<\|box_start\|>\s*(?P<boxes>\[\[[^<]*\]\])\s*<\|box_end\|>"
 )
-_NAME = re.compile(r"<\|object_ref_start\|>([^<]+)<\|object_ref_end\|>")
 _BOX = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\]")
 _SPAN = re.compile(r"\s*\[\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\]\s*")
 
@@ -46,12 +45,12 @@ class Region:
 
 
 class Names:
-    """How the names of a data set go on: what each word (token) has to be told from, and what is left open.
+    """How the names of a data set go on: what each word (token) has to be told from.
 
     In place of a word could stand whatever stands beside it after some beginning of as many words: after "blue wood"
     come all shapes, so after "red wood" all could. Of these, the rivals are what no name keeps apart from any word of
-    the beginning. The others are open: that the data hold no red cube is no reason to learn that what is red is no
-    cube. So colours are told from colours and shapes from shapes, but never "cube" from what is red.
+    the beginning: that the data hold no red cube is no reason to learn that what is red is no cube. So colours are
+    told from colours and shapes from shapes, but never "cube" from what is red.
 
     Words stand for places here: in names of one data set a place must mean the same kind of word.
 
@@ -72,43 +71,21 @@ class Names:
         for start, after in follow.items():
             for word in after:
                 beside[len(start), word] |= after
-        self._longest = max(map(len, follow), default=0)
-        self._could = {  # (beginning, word that goes on) -> columns of rivals, itself among them, and of what is open
-            (start, int(self.words[word])): self._parted(start, np.array(sorted(beside[len(start), word])))
+        self._rivals = {  # (beginning, word that goes on) -> columns of its rivals, itself among them
+            (start, int(self.words[word])): self._together(start, np.array(sorted(beside[len(start), word])))
             for start, after in follow.items() for word in after
         }  # fmt: skip
 
-    def _parted(self, start: tuple[int, ...], columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _together(self, start: tuple[int, ...], columns: np.ndarray) -> np.ndarray:
         apart = self._apart[np.searchsorted(self.words, start)][:, columns].any(0)
-        return columns[~apart], columns[apart]
+        return columns[~apart]
 
     def rivals(self, name: Sequence[int]) -> np.ndarray:
         """bool [len(name), U]: for each token of a name of the data, its rivals and itself."""
         rivals = np.zeros((len(name), len(self.words)), dtype=bool)
         for i, word in enumerate(name):
-            rivals[i, self._could[tuple(name[:i]), word][0]] = True
+            rivals[i, self._rivals[tuple(name[:i]), word]] = True
         return rivals
-
-    def open(self, ids: Sequence[int], places: Iterable[int]) -> list[tuple[int, int]]:
-        """(place, token) of all that is open at those places of a text, after the longest beginning of a name (of one
-        word at least) that ends just before and goes on with the word which stands there."""
-        found = []
-        for i in places:
-            for n in range(min(self._longest, i), 0, -1):
-                could = self._could.get((tuple(ids[i - n : i]), ids[i]))
-                if could is not None:
-                    found += [(i, int(self.words[column])) for column in could[1]]
-                    break
-        return found
-
-
-def phrases(sample: dict[str, Any]) -> Iterator[str]:
-    """Everything that a sample calls by a name between object tags, in whatever turn."""
-    for message in sample["messages"]:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-        for text in parts:
-            yield from (p.strip() for p in _NAME.findall(text))
 
 
 def named_regions(sample: dict[str, Any]) -> list[Region]:

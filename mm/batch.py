@@ -23,9 +23,7 @@ class Batch:
     Shapes (L tokens, S segments, N patches, M image or video rows):
         input_ids int64 [L]; loss_mask bool [L], True where the token itself is to be predicted;
         position_ids int64 [3, L] (t, h, w); cu_seqlens int32 [S + 1];
-        pixel_values uint8 [N, 3 * patch * patch] (channel, row, column); grid_thw int64 [M, 3] in patches;
-        open int64 [K, 2]: (place in the row, token) that training leaves open: there the token that stands at that
-        place is not told from it.
+        pixel_values uint8 [N, 3 * patch * patch] (channel, row, column); grid_thw int64 [M, 3] in patches.
         draws: one name per segment ("source/shard/key#epoch"), for the log and for error messages.
     """
 
@@ -36,7 +34,6 @@ class Batch:
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     draws: list[str] = field(default_factory=list)
-    open: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
 
     def to(self, device: torch.device | str) -> "Batch":
         return _moved(self, device)

@@ -80,31 +80,18 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
-def token_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, without: torch.Tensor | None = None, *,
-    chunk: int = 1024,
-) -> torch.Tensor:  # fmt: skip
+def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk: int = 1024):
     """log p(target) of each row, fp32 [n], never holding more than `chunk` rows of logits.
 
-    Args: hidden [n, D], weight [V, D] of the head, targets int64 [n]; without: int64 [K, 2], (row, token): a token
-    with no part in that row's distribution, never its target. Logits are recomputed in backward.
+    Args: hidden [n, D], weight [V, D] of the head, targets int64 [n]. Logits are recomputed in backward.
     """
 
-    def piece(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor):
-        logits = F.linear(h, w).float()
-        if len(rows):
-            logits = logits.index_put((rows, tokens), logits.new_tensor(-torch.inf))
-        return -F.cross_entropy(logits, t, reduction="none")
-
-    def left_out(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if without is None or not len(without):
-            return targets[:0], targets[:0]
-        here = without[(without[:, 0] >= i) & (without[:, 0] < i + chunk)]
-        return here[:, 0] - i, here[:, 1]
+    def piece(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(F.linear(h, w).float(), t, reduction="none")
 
     # At least one piece, even of no rows, so that the head has a gradient on every rank.
     return torch.cat([
-        checkpoint(piece, hidden[i : i + chunk], weight, targets[i : i + chunk], *left_out(i), use_reentrant=False)
+        checkpoint(piece, hidden[i : i + chunk], weight, targets[i : i + chunk], use_reentrant=False)
         for i in range(0, max(len(targets), 1), chunk)
     ])  # fmt: skip
 
@@ -176,23 +163,15 @@ class Keye(nn.Module):
         return self.model(self.embed(batch), batch.position_ids, batch.cu_seqlens)
 
     def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(fp32 [n], int64 [n]): log-probability of each trained token, and the row it lies at. Of `batch.open`
-        nothing is left out."""
-        return self._logprobs(batch, None)
+        """(fp32 [n], int64 [n]): log-probability of each trained token, and the row it lies at."""
+        rows = batch.target_mask().nonzero()[:, 0]
+        hidden = Keye.forward(self, batch)[rows]
+        return token_logprobs(hidden, self.head_weight, batch.input_ids[rows + 1]), rows + 1
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """(fp32 sum of cross entropy over the trained tokens, their number), each told from all tokens but those
-        that are open at its place. The head runs on their rows alone."""
-        logprobs, rows = self._logprobs(batch, batch.open)
+        """(fp32 sum of cross entropy over the trained tokens, their number). The head runs on their rows alone."""
+        logprobs, rows = self.logprobs(batch)
         return -logprobs.sum(), len(rows)
-
-    def _logprobs(self, batch: Batch, left: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = batch.target_mask().nonzero()[:, 0] + 1
-        hidden = Keye.forward(self, batch)[rows - 1]
-        if left is not None and len(left):
-            left = left[torch.isin(left[:, 0], rows)]
-            left = torch.stack([torch.searchsorted(rows, left[:, 0]), left[:, 1]], dim=1)
-        return token_logprobs(hidden, self.head_weight, batch.input_ids[rows], left), rows
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

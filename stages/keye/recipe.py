@@ -31,7 +31,7 @@ from mm.common.errors import UserError
 from mm.common.files import read_json, write_json
 from mm.common.progress import duration
 from mm.merge import average
-from stages import launch, objectives
+from stages import launch
 from stages.engine import plan as planning
 from stages.environment import cores, device_of, environment
 from stages.keye import s0_vit, s1_align, s2_multitask, s3_anneal, text, words
@@ -183,8 +183,7 @@ def single(a: argparse.Namespace, out: Path, means: Means) -> Pipeline:
     """One stage alone, its inputs given, or from --from, or from the newest run that made them."""
     stage = stage_of(name_of(a.what, "keye"), a, a.set)
     wanted = [s for s in stage.start if s != "scratch"]
-    wants = {str(s.path) for s in stage.mix} | set(objectives.make(stage.objective).names)
-    optional = [] if wants <= set(means.data) else ["world"]
+    optional = [] if {str(s.path) for s in stage.mix} <= set(means.data) else ["world"]
     tokenizer = ["tokenizer"] if a.size == "tiny" else []
     given = {name: find(name, a, out) for name in dict.fromkeys(wanted + optional + tokenizer)}
     return Pipeline([trained(stage, means, tuple(given))], out, given=given)

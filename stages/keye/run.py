@@ -134,32 +134,28 @@ def lay_over(model: Keye | ContrastiveModel, folder: Path) -> None:
         raise UserError(f"{folder}: a {kind!r} checkpoint has no part in a {type(model).__name__}")
 
 
-def source(name: str, stage: Stage, means: Means) -> Path:
-    """Where a source is: given by the user, a folder of that path, or the world's. Raises UserError."""
-    world = means.artifacts.get("world")
-    places = [means.data.get(name), Path(name), world / "sources" / name if world else None]
-    place = next((p for p in places if p is not None and (p / "source.json").exists()), None)
-    if place is None:
-        raise UserError(f"{stage.name}: source {name!r} is not here; give it with --data {name}=FOLDER")
-    return place
-
-
 def sources(stage: Stage, means: Means) -> list[SourceSpec]:
-    """The stage's mix with every name resolved."""
-    known = [*(str(s.path) for s in stage.mix), *objectives.make(stage.objective).names]
-    unknown = set(means.data) - set(known)
+    """The stage's mix with every name resolved: given by the user, a folder of that path, or the world's."""
+    unknown = set(means.data) - {str(s.path) for s in stage.mix}
     if unknown:
-        name = min(unknown)
+        name, known = min(unknown), [str(s.path) for s in stage.mix]
         raise UserError(f"--data {name}: {stage.name} has no such source{nearest(name, known)}")
-    return [replace(spec, path=str(source(str(spec.path), stage, means))) for spec in stage.mix]
+    found = []
+    for spec in stage.mix:
+        name = str(spec.path)
+        world = means.artifacts.get("world")
+        places = [means.data.get(name), Path(name), world / "sources" / name if world else None]
+        place = next((p for p in places if p is not None and (p / "source.json").exists()), None)
+        if place is None:
+            raise UserError(f"{stage.name}: source {name!r} is not here; give it with --data {name}=FOLDER")
+        found.append(replace(spec, path=str(place)))
+    return found
 
 
 def load_data(stage: Stage, tokenizer: Tokenizer, processor: Processor, means: Means) -> Loader:
-    objective = objectives.make(stage.objective)
     plan = PackPlan(
         Mix(sources(stage, means), stage.seed), processor, tokenizer, stage.budget.tokens, stage.budget.visual_tokens,
-        stage.seed, kind=objective.kind, alike=stage.budget.packs_per_step,
-        named=[Source(source(name, stage, means)) for name in objective.names],
+        stage.seed, kind=objectives.make(stage.objective).kind, alike=stage.budget.packs_per_step,
     )  # fmt: skip
     return Loader(
         plan, packs_per_step=stage.budget.packs_per_step, rank=dist.rank(), ranks=dist.world_size(),

@@ -11,7 +11,7 @@ length.
 
 from data_mix.mix import SourceSpec
 from mm.sizes import SIZES
-from stages.stage import Budget, ObjectiveSpec, Optim, Stage
+from stages.stage import Budget, Optim, Stage
 
 MIX = {
     "vit_pairs": 0.02, "caption": 0.09, "ocr": 0.06, "grounding": 0.02, "counting": 0.10, "vqa": 0.02,
@@ -22,11 +22,6 @@ BUDGETS = {
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }
-# The world's training names never put some colours and shapes together; that is not to be taken for all there is.
-OBJECTIVE = {
-    "tiny": ObjectiveSpec("next_token", {"names": ["regions", "tracks", "grounding"]}),
-    "small": ObjectiveSpec("next_token"), "8b": ObjectiveSpec("next_token"),
-}  # fmt: skip
 OPTIM = {
     "tiny": Optim(name="muon", lr=1.5e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                   decay_share=0.2, min_lr_ratio=0.3),
@@ -41,6 +36,6 @@ def stage(size: str) -> Stage:
         start=["s1_align"],
         train={"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
-        objective=OBJECTIVE[size], optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

@@ -11,7 +11,6 @@ one leans to pictures, one to video), their lengths, the tower at a tenth of the
 
 from data_mix.mix import SourceSpec
 from mm.sizes import SIZES
-from stages.keye.s2_multitask import OBJECTIVE
 from stages.stage import Budget, Optim, Stage
 
 IMAGE = {
@@ -42,6 +41,6 @@ def stage(size: str, mixture: str = "image") -> Stage:
         start=["s2_multitask"],
         train={"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, share * weight) for share, kind in kinds for name, weight in kind.items()],
-        objective=OBJECTIVE[size], optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

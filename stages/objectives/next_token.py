@@ -12,14 +12,7 @@ from stages.stage import Budget
 
 
 class NextToken(Objective):
-    """Sum of token losses / trained tokens in the whole step. The model offers `loss(batch) -> (sum, n)`.
-
-    names: sources whose names for things are not to be taken for all there are: what they never put together is left
-    out of the softmax where it could stand (`data_mix.regions.Names.open`).
-    """
-
-    def __init__(self, names: Sequence[str] = ()):
-        self.names = names
+    """Sum of token losses / trained tokens in the whole step. The model offers `loss(batch) -> (sum, n)`."""
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, float]:
         return {"next_token": float(sum(int(b.target_mask().sum()) for b in batches))}

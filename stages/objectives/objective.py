@@ -27,7 +27,6 @@ class Objective(ABC):
 
     phases: tuple[str, ...] = ("main",)
     kind: Kind = "packs"  # what the loader makes for it
-    names: Sequence[str] = ()  # sources whose names for things say what packs leave open (`data_mix.regions.Names`)
 
     @abstractmethod
     def counts(self, batches: Sequence[Any]) -> dict[str, float]:
