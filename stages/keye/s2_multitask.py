@@ -14,11 +14,11 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 MIX = {
-    "vit_pairs": 0.02, "caption": 0.09, "ocr": 0.06, "grounding": 0.02, "counting": 0.10, "vqa": 0.02,
-    "interleaved": 0.03, "video_caption": 0.24, "video_qa": 0.13, "reorder": 0.005, "shop": 0.185, "text_chat": 0.10,
+    "vit_pairs": 0.02, "caption": 0.09, "ocr": 0.06, "grounding": 0.06, "counting": 0.09, "vqa": 0.04,
+    "interleaved": 0.03, "video_caption": 0.22, "video_qa": 0.13, "reorder": 0.005, "shop": 0.165, "text_chat": 0.09,
 }  # fmt: skip
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=510),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=560),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }

@@ -14,7 +14,7 @@ from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
 IMAGE = {
-    "vit_pairs": 0.2, "caption": 0.08, "ocr": 0.16, "grounding": 0.04, "counting": 0.14, "vqa": 0.14,
+    "vit_pairs": 0.16, "caption": 0.08, "ocr": 0.16, "grounding": 0.08, "counting": 0.14, "vqa": 0.14,
     "interleaved": 0.04, "shop": 0.2,
 }  # fmt: skip
 VIDEO = {"video_caption": 0.3, "video_qa": 0.64, "reorder": 0.06}
