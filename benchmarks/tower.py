@@ -1,13 +1,15 @@
 """What a tower knows of single things after so many steps from nothing: named regions against whole captions.
 
 Two ways to teach the tiny tower, each with its stage's own data, optimizer and schedule (`keye.words`: every patch
-of a region tells the words of its name; `keye.s0_vit`: the sigmoid loss of whole pictures and their captions),
-started from random weights, with as many visual tokens a step; and the first of them once more with one thing
-changed: every word a rival of every other (`data_mix.regions.Names`), or SigLIP's own random start of attention in
-place of the mimetic one (`vision/init.py`). All measures are of things in the first frames of the world's test clips.
-"probe" is the same for all and was trained by none: a logistic model on the mean feature of the patches under a
-thing's box, fitted on three of four clips and scored on the fourth. "told" asks the tower's own words which of the
-six shapes those patches show, of things whose colour and shape training never showed together, and of the others.
+of a region tells the words of its name and where it is; `keye.s0_vit`: the sigmoid loss of whole pictures and
+their captions), started from random weights, with as many visual tokens a step; and the first of them once more with
+one thing changed: no loss of places, every word a rival of every other (`data_mix.regions.Names`), or SigLIP's own
+random start of attention in place of the mimetic one (`vision/init.py`). All measures are of things in the first
+frames of the world's test clips. "probe" is the same for all and was trained by none: a logistic model on the mean
+feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth; "place" the same
+with a linear model of the box's centre, and how much of its variance that tells. "told" asks the tower's own words
+which of the six shapes those patches show, of things whose colour and shape training never showed together, and of
+the others.
 
     python benchmarks/tower.py --world WORLD
     python benchmarks/tower.py --world WORLD --steps 650 --seeds 3 --lrs 3e-3,8e-3
@@ -25,7 +27,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -39,12 +41,13 @@ from mm.tokenizer import Tokenizer
 from stages.engine.train import train
 from stages.keye.recipe import STAGES
 from stages.keye.run import Means, build, load_data
-from stages.stage import Checkpoints, Log
+from stages.stage import Checkpoints, Log, ObjectiveSpec
 from vision.init import stream
 from vision.vit import normalise
 
 WORDS, ALL, PLAIN = "keye.words", "keye.words, all words rivals", "keye.words, SigLIP's start"
-ARMS = (WORDS, ALL, PLAIN, "keye.s0_vit")
+NOWHERE = "keye.words, no places"
+ARMS = (WORDS, NOWHERE, ALL, PLAIN, "keye.s0_vit")
 ASKED = ("colour", "shape", "material")
 TOLD = ("told, held-out pairs", "told, other pairs")
 
@@ -76,24 +79,29 @@ def things(world: Path) -> list[tuple[np.ndarray, Any, list[tuple[Any, dict]]]]:
 
 @torch.no_grad()
 def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str, float]:
-    """Accuracy of a logistic model per attribute (clip i is for testing where i % 4 == 3), and of the tower's own
-    words for shapes."""
+    """Accuracy of a logistic model per attribute and R2 of a linear one of places (clip i is for testing where
+    i % 4 == 3), and accuracy of the tower's own words for shapes."""
     tower = model.vision_model
     shapes = model.text_model.embeddings.token_embedding.weight[[tokenizer.encode(" " + s)[-1] for s in SHAPES]]
     rows: list[np.ndarray] = []
     told: dict[str, list[bool]] = {key: [] for key in TOLD}
     facts: list[tuple[int, dict]] = []
+    centres: list[tuple[float, float]] = []  # row and column, in shares of the frame
     for i, (frames, grid, found) in enumerate(clips):
         pixels = torch.from_numpy(PROCESSORS["tiny"].patchify(frames))
         features = tower(normalise(pixels, torch.float32), torch.tensor([grid])).view(*grid[1:], -1)
         for (top, left, bottom, right), thing in found:
             mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
             rows.append(mean.numpy())
+            centres.append(((top + bottom) / 2 / grid[1], (left + right) / 2 / grid[2]))
             held = (thing["colour"], thing["shape"]) in HELD_COLOUR_SHAPE
             told[TOLD[0 if held else 1]].append(SHAPES[int((shapes @ mean).argmax())] == thing["shape"])
             facts.append((i, thing))
     x, test = np.stack(rows), np.array([i % 4 == 3 for i, _ in facts])
     out = {key: float(np.mean(hits)) for key, hits in told.items()}
+    y = np.array(centres)
+    said = make_pipeline(StandardScaler(), Ridge(alpha=10.0)).fit(x[~test], y[~test]).predict(x[test])
+    out["place"] = float(1 - (np.square(said - y[test]).mean(0) / y[test].var(0)).mean())
     for key in ASKED:
         y = np.array([thing[key] for _, thing in facts])
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500)).fit(x[~test], y[~test])
@@ -118,6 +126,8 @@ def run(
     stage = STAGES[arm.split(",")[0]]("tiny")
     if arm == "keye.s0_vit":  # as it is without a preparatory stage: both towers new, the text tower the slower
         stage = replace(stage, start=["scratch"], train={"*": 1.0, "text_model.*": 0.4})
+    if arm == NOWHERE:
+        stage = replace(stage, objective=ObjectiveSpec("words", {"places": 0.0}))
     optim = replace(stage.optim, lr=lr, warmup_steps=min(20, a.steps // 2))
     budget = replace(stage.budget, steps=a.steps, visual_tokens=512)
     stage = replace(stage, optim=optim, budget=budget, seed=seed).check()
@@ -134,7 +144,7 @@ def run(
         train(stage, folder, model=model, loader=loader, quiet=True,
               hand_on=lambda _, model: found.append(
                   {"seconds": time.monotonic() - start, **measured(model.eval(), tokenizer, clips)}))  # fmt: skip
-    said = ", ".join(f"{k} {found[0][k]:.2f}" for k in (*ASKED, *TOLD))
+    said = ", ".join(f"{k} {found[0][k]:.2f}" for k in (*ASKED, "place", *TOLD))
     print(f"{arm} lr {lr:g} {a.steps} steps seed {seed}: {said}, {found[0]['seconds']:.0f} s", flush=True)
     return {"arm": arm, "lr": lr, "seed": seed, **found[0]}
 
@@ -155,14 +165,15 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
                 r["best"] = r.get("best", False) or (r["arm"], r["lr"]) == (arm, best)
     rows, kept = [], {arm: [r for r in runs if r["arm"] == arm and r["best"]] for arm in ARMS}
     for arm, mine in kept.items():
-        cells = [harness.shown(harness.spread([r[k] for r in mine])) for k in (*ASKED, *TOLD)]
+        cells = [harness.shown(harness.spread([r[k] for r in mine])) for k in (*ASKED, "place", *TOLD)]
         rows.append((arm, f"{mine[0]['lr']:g}", *cells, f"{statistics.median(r['seconds'] for r in mine):.0f}"))
     one = kept[WORDS][0]
-    notes = [f"probe: {one['n']} things in the scored clips; a blind guess is right about once in six, six and four",
+    notes = [f"probe: {one['n']} things in the scored clips; a blind guess is right about once in six, six and four;"
+             " place: R2, 1 is exact and 0 is no better than the middle",
              f"told: {one['held']} things of held-out pairs, {one['other']} others; keye.s0_vit learns no such words",
              "grid, shape with seed 0: " + ", ".join(f"{r['arm']} {r['lr']:g}: {r['shape']:.2f}" for r in runs
                                                      if r["seed"] == 0)]  # fmt: skip
-    columns = ("taught by", "lr", *(f"probe, {k}" for k in ASKED), *TOLD, "seconds")
+    columns = ("taught by", "lr", *(f"probe, {k}" for k in (*ASKED, "place")), *TOLD, "seconds")
     title = f"a tiny tower after {a.steps} steps from nothing, {a.seeds} seeds: median (least to most)"
     return harness.report(a, title, about, columns, rows, {"runs": runs}, notes)
 

@@ -12,8 +12,8 @@ from stages.stage import Budget
 
 
 class Words(Objective):
-    """Means over the whole step of `model.region_losses`: of words over regions and frames (a picture is one), of
-    places over regions; their sum is the loss.
+    """Means over the whole step of `model.region_losses`: of words over regions and frames (a picture is one), and of
+    places over regions; the loss is words + `places` * places.
 
     Words are after "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are
     the tokens of its caption; here those of a phrase are asked of each patch that its box touches, each among what
@@ -22,6 +22,9 @@ class Words(Objective):
     """
 
     kind = "regions"
+
+    def __init__(self, places: float = 1.0):
+        self.scale = {"words": 1.0, "places": places}
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
         regions = sum(len(b.regions) for b in batches)
@@ -32,7 +35,7 @@ class Words(Objective):
         phase: str = "main",
     ) -> Terms:  # fmt: skip
         device = device_of(model)
-        weights = {term: 1.0 / max(n, 1e-9) for term, n in denominators.items()}
+        weights = {term: self.scale[term] / max(n, 1e-9) for term, n in denominators.items()}
         terms: Terms = {term: (torch.zeros((), device=device), 0.0) for term in weights}
         for i in range(most(batches, device)):
             real = i < len(batches)
