@@ -23,7 +23,7 @@ BUDGETS = {
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=1.5e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
+    "tiny": Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                   decay_share=0.2, min_lr_ratio=0.3),
     "small": Optim(lr=1e-4, warmup_steps=500, schedule="wsd", min_lr_ratio=0.3),
     "8b": Optim(lr=4e-5, warmup_steps=1000, schedule="wsd", min_lr_ratio=0.3),

@@ -27,7 +27,7 @@ BUDGETS = {
     "8b": Budget(tokens=131_072, visual_tokens=98_304, packs_per_step=32, steps=10_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=10,
+    "tiny": Optim(name="muon", lr=7e-4, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=10,
                   min_lr_ratio=0.0),
     "small": Optim(lr=3e-5, warmup_steps=100, min_lr_ratio=0.0),
     "8b": Optim(lr=1e-5, warmup_steps=200, min_lr_ratio=0.0),

@@ -19,7 +19,7 @@ def stage(size: str) -> Stage:
         start=["scratch"],
         train={"model.*": 1.0, "lm_head.*": 1.0},
         mix=[SourceSpec("text", 0.3), SourceSpec("text_chat", 0.7)],
-        optim=Optim(name="muon", lr=2e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
+        optim=Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                     decay_share=0.4),
         budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=450),
         precision="bf16", sharding="replicate",
