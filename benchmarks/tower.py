@@ -4,12 +4,12 @@ Two ways to teach the tiny tower, each with its stage's own data, optimizer and 
 of a region tells the words of its name and where it is; `keye.s0_vit`: the sigmoid loss of whole pictures and
 their captions), started from random weights, with as many visual tokens a step; and the first of them once more with
 one thing changed: no loss of places, every word a rival of every other (`data_mix.regions.Names`), or SigLIP's own
-random start of attention in place of the mimetic one (`vision/init.py`). All measures are of things in the first
-frames of the world's test clips. "probe" is the same for all and was trained by none: a logistic model on the mean
-feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth; "place" the same
-with a linear model of the box's centre, and how much of its variance that tells. "told" asks the tower's own words
-which of the six shapes those patches show, of things whose colour and shape training never showed together, and of
-the others.
+random start of attention in place of the mimetic one (`vision/init.py`); and untrained. All measures are of things
+in the first frames of the world's test clips. "probe" is the same for all and was trained by none: a logistic model
+on the mean feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth;
+"place" the same with a linear model of the box's centre, and how much of its variance that tells. "told" asks the
+tower's own words which of the six shapes those patches show, of things whose colour and shape training never showed
+together, and of the others.
 
     python benchmarks/tower.py --world WORLD
     python benchmarks/tower.py --world WORLD --steps 650 --seeds 3 --lrs 3e-3,8e-3
@@ -46,8 +46,8 @@ from vision.init import stream
 from vision.vit import normalise
 
 WORDS, ALL, PLAIN = "keye.words", "keye.words, all words rivals", "keye.words, SigLIP's start"
-NOWHERE = "keye.words, no places"
-ARMS = (WORDS, NOWHERE, ALL, PLAIN, "keye.s0_vit")
+NO_PLACES, UNTRAINED = "keye.words, no places", "keye.words, untrained"
+ARMS = (WORDS, NO_PLACES, ALL, PLAIN, "keye.s0_vit", UNTRAINED)
 ASKED = ("colour", "shape", "material")
 TOLD = ("told, held-out pairs", "told, other pairs")
 
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--world", type=Path, required=True, help="a world folder (mm data make-world)")
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--lrs", default="4e-3,8e-3", help="grid of both arms; the best by shape with seed 0 is kept")
+    p.add_argument("--lrs", default="4e-3,8e-3", help="grid of every arm; the best by shape with seed 0 is kept")
     return p.parse_args(argv)
 
 
@@ -126,7 +126,7 @@ def run(
     stage = STAGES[arm.split(",")[0]]("tiny")
     if arm == "keye.s0_vit":  # as it is without a preparatory stage: both towers new, the text tower the slower
         stage = replace(stage, start=["scratch"], train={"*": 1.0, "text_model.*": 0.4})
-    if arm == NOWHERE:
+    if arm == NO_PLACES:
         stage = replace(stage, objective=ObjectiveSpec("words", {"places": 0.0}))
     optim = replace(stage.optim, lr=lr, warmup_steps=min(20, a.steps // 2))
     budget = replace(stage.budget, steps=a.steps, visual_tokens=512)
@@ -141,9 +141,12 @@ def run(
         if arm == ALL:
             names = loader.plan.names
             names.rivals = lambda name: np.ones((len(name), len(names.words)), dtype=bool)  # type: ignore[method-assign]
-        train(stage, folder, model=model, loader=loader, quiet=True,
-              hand_on=lambda _, model: found.append(
-                  {"seconds": time.monotonic() - start, **measured(model.eval(), tokenizer, clips)}))  # fmt: skip
+        if arm == UNTRAINED:
+            found.append({"seconds": 0.0, **measured(model.eval(), tokenizer, clips)})
+        else:
+            train(stage, folder, model=model, loader=loader, quiet=True,
+                  hand_on=lambda _, model: found.append(
+                      {"seconds": time.monotonic() - start, **measured(model.eval(), tokenizer, clips)}))  # fmt: skip
     said = ", ".join(f"{k} {found[0][k]:.2f}" for k in (*ASKED, "place", *TOLD))
     print(f"{arm} lr {lr:g} {a.steps} steps seed {seed}: {said}, {found[0]['seconds']:.0f} s", flush=True)
     return {"arm": arm, "lr": lr, "seed": seed, **found[0]}
@@ -169,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
         rows.append((arm, f"{mine[0]['lr']:g}", *cells, f"{statistics.median(r['seconds'] for r in mine):.0f}"))
     one = kept[WORDS][0]
     notes = [f"probe: {one['n']} things in the scored clips; a blind guess is right about once in six, six and four;"
-             " place: R2, 1 is exact and 0 is no better than the middle",
+             " place: R2, 1 is exact, 0 no better than the middle; an untrained tower has its table of places",
              f"told: {one['held']} things of held-out pairs, {one['other']} others; keye.s0_vit learns no such words",
              "grid, shape with seed 0: " + ", ".join(f"{r['arm']} {r['lr']:g}: {r['shape']:.2f}" for r in runs
                                                      if r["seed"] == 0)]  # fmt: skip

@@ -80,7 +80,9 @@ class Projector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
-def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk: int = 1024):
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk: int = 1024
+) -> torch.Tensor:
     """log p(target) of each row, fp32 [n], never holding more than `chunk` rows of logits.
 
     Args: hidden [n, D], weight [V, D] of the head, targets int64 [n]. Logits are recomputed in backward.

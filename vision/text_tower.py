@@ -160,8 +160,9 @@ class ContrastiveModel(nn.Module):
         place of its frame its feature times what the tower's own position table adds there. A region's loss of
         words is the mean, over its patches and the tokens of its name, of the cross entropy of that token among its
         rivals; a frame's is the mean over its patches outside all regions of the divergence from all words alike (0
-        where there are none such); a region's loss of places is the mean over its patches of the divergence from
-        the places of all of them alike.
+        where there are none such); a region's loss of places is the mean over its patches of
+        KL(uniform over the region's patches || softmax over all patches of its frame), in fp32. It trains the
+        position table too.
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
         table = self.text_model.embeddings.token_embedding.weight[words]
@@ -182,13 +183,15 @@ class ContrastiveModel(nn.Module):
     def _place_loss(
         self, features: torch.Tensor, grid_thw: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, n: int
     ) -> torch.Tensor:
-        grids = grid_thw.tolist()
+        """Sum over n regions: features [N, D] of all patches; rows and of, int64 [K], from `region_patches`."""
+        grids, features = grid_thw.tolist(), features.float()
         places = self.vision_model.embeddings.positions(grids)  # [N, D], the same in every frame
         lengths = [t * h * w for t, h, w in grids]
         pictures = zip(features.split(lengths), places.split(lengths), grids, strict=True)
-        among = torch.cat([(f @ p[: h * w].to(f.dtype).T).float().logsumexp(-1) for f, p, (_, h, w) in pictures])
+        with torch.autocast(features.device.type, enabled=False):  # both halves of the divergence alike
+            among = torch.cat([(f @ p[: h * w].T).logsumexp(-1) for f, p, (_, h, w) in pictures])
         # The mean over a region's patches of (feature times mean place) is (mean feature) times (mean place).
-        feature, place = mean_of(features.float()[rows], of, n), mean_of(places[rows], of, n)
+        feature, place = mean_of(features[rows], of, n), mean_of(places[rows], of, n)
         return (mean_of(among[rows], of, n) - (feature * place).sum(-1) - torch.bincount(of, minlength=n).log()).sum()
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

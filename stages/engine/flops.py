@@ -158,11 +158,14 @@ def of_pairs(model: Any, batch: PairBatch) -> Flops:
 
 
 def of_regions(model: Any, batch: RegionBatch) -> Flops:
-    """The same model where only patches are asked for words: tower, and a head over all patches."""
+    """The same model where patches are asked for words and places: tower, a head over all patches, and each patch
+    with every place of its frame."""
     vision, asked = model.vision_model.config, len(batch.pixel_values)
+    pairs = sum(t * (h * w) ** 2 for t, h, w in batch.grid_thw.tolist())
     parts = {"tower": _tower(vision, batch.grid_thw.tolist()),
-             "text": _Part(2.0 * asked * vision.hidden_size * len(batch.words))}  # fmt: skip
-    return _total(parts, {"text": ("tower",)}, {**trained_shares(model), "text": 1.0})
+             "text": _Part(2.0 * asked * vision.hidden_size * len(batch.words)),
+             "places": _Part(0.0, 2.0 * pairs * vision.hidden_size)}  # fmt: skip
+    return _total(parts, {"text": ("tower",), "places": ("tower",)}, {**trained_shares(model), "text": 1.0})
 
 
 def _lengths(cu_seqlens: torch.Tensor) -> list[int]:

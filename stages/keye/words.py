@@ -23,7 +23,7 @@ def stage(size: str) -> Stage:
         start=["scratch"],
         train={"vision_model.*": 1.0, "vision_model.head.*": 0.0, "text_model.embeddings.token_embedding.*": 1.0},
         mix=[SourceSpec("regions", 0.62, "samples"), SourceSpec("tracks", 0.38, "samples")],
-        objective=ObjectiveSpec("words"),
+        objective=ObjectiveSpec("words", {"places": 1.0}),
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                     min_lr_ratio=0.05),
         budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=1000),

@@ -1,11 +1,13 @@
 """Every patch of a named region tells the words of its name, and where it is: a tower from nothing, in minutes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mm.batch import RegionBatch
+from mm.common.errors import UserError
 from stages.engine import flops
 from stages.objectives.objective import Objective, Terms, device_of, grids, most
 from stages.stage import Budget
@@ -18,13 +20,15 @@ class Words(Objective):
     Words are after "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are
     the tokens of its caption; here those of a phrase are asked of each patch that its box touches, each among what
     else could stand in its place (`data_mix.regions.Names`), and no word of the patches that no box touches. Places
-    are ours: words are the same wherever a thing lies, so from words alone a tower unlearns where that is.
+    are ours: a thing has the same name wherever it lies, so words alone never ask a tower to keep where that is.
     """
 
     kind = "regions"
 
     def __init__(self, places: float = 1.0):
-        self.scale = {"words": 1.0, "places": places}
+        if not 0 <= places < math.inf:
+            raise UserError(f"objective words: places={places} must be a weight of 0 or more")
+        self.loss_weights = {"words": 1.0, "places": places}
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
         regions = sum(len(b.regions) for b in batches)
@@ -35,7 +39,7 @@ class Words(Objective):
         phase: str = "main",
     ) -> Terms:  # fmt: skip
         device = device_of(model)
-        weights = {term: self.scale[term] / max(n, 1e-9) for term, n in denominators.items()}
+        weights = {term: self.loss_weights[term] / max(n, 1e-9) for term, n in denominators.items()}
         terms: Terms = {term: (torch.zeros((), device=device), 0.0) for term in weights}
         for i in range(most(batches, device)):
             real = i < len(batches)
@@ -43,7 +47,8 @@ class Words(Objective):
             losses = model.region_losses(
                 b.pixel_values, b.grid_thw, b.regions, b.input_ids, b.cu_seqlens, b.words, b.rivals
             )
-            torch.stack([loss * weights[term] * real for term, (loss, _) in losses.items()]).sum().backward()
+            used = [loss * weights[term] * real for term, (loss, _) in losses.items() if weights[term]]
+            torch.stack(used).sum().backward()
             for term, (loss, n) in losses.items():
                 terms[term] = (terms[term][0] + loss.detach() * real, terms[term][1] + n * real)
         return terms

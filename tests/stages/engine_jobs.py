@@ -89,7 +89,8 @@ def gradients(folder: str, settings: str) -> None:
     micro-batch is [first, n] pairs (of "words": pictures), or a pack number. Rank 0 writes them whole."""
     given = json.loads(settings)
     kind, cpu = given["model"], torch.device("cpu")
-    stage = toy.stage(objective=ObjectiveSpec("next_token" if kind == "keye" else kind))
+    options = given.get("options", {})
+    stage = toy.stage(objective=ObjectiveSpec("next_token" if kind == "keye" else kind, options))
     config = recomputing() if given.get("recompute") else toy.KEYE
     model = parallelize(toy.keye(config=config) if kind == "keye" else toy.contrastive(), device=cpu)
     make = {"keye": toy.pack, "contrastive": lambda m: toy.pairs(*m), "words": lambda m: toy.regions(*m)}[kind]
@@ -103,7 +104,8 @@ def gradients(folder: str, settings: str) -> None:
         g = torch.zeros_like(p) if p.grad is None else p.grad
         grads[name] = (g.full_tensor() if hasattr(g, "full_tensor") else g).clone()
     if dist.is_main():
-        torch.save({"loss": float(sums[0, 0] / sums[0, 1]), "grads": grads}, Path(folder) / "grads.pt")
+        means = dict(zip(terms, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        torch.save({"loss": means, "grads": grads}, Path(folder) / "grads.pt")
 
 
 def real(folder: str, settings: str) -> None:

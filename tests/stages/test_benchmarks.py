@@ -86,10 +86,14 @@ def test_optimizers_are_compared(stage, world, tmp_path, small_vocabulary):
 
 def test_towers_are_taught_and_asked_alike(world, tmp_path, small_vocabulary):
     got = figures(tower, tmp_path, "--world", world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3")
-    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * len(tower.ARMS) and {r["n"] for r in got["runs"]} != {0}
+    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 6 and {r["n"] for r in got["runs"]} != {0}
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
-    assert all(r["place"] <= 1 for r in got["runs"])
-    assert sum(r["best"] for r in got["runs"]) == 2 * len(tower.ARMS)
+    assert sum(r["best"] for r in got["runs"]) == 12
+    place = {(r["arm"], r["lr"], r["seed"]): r["place"] for r in got["runs"]}
+    others = ("untrained", "no places", "all words rivals", "SigLIP's start")
+    assert {arm for arm, *_ in place} == {"keye.words", "keye.s0_vit", *(f"keye.words, {how}" for how in others)}
+    assert place["keye.words", 1e-3, 0] != place["keye.words, no places", 1e-3, 0]
+    assert place["keye.words, untrained", 1e-3, 0] == place["keye.words, untrained", 2e-3, 0]
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():

@@ -69,6 +69,15 @@ def test_flops_of_two_towers_agree_with_torchs_counter():
     assert ours.training == pytest.approx(both, rel=0.02)
 
 
+def test_flops_of_regions_agree_with_torchs_counter():
+    model, batch = toy.contrastive(), toy.regions(0, 12)
+    ours = flops.of_regions(model, batch)
+    fields = ("pixel_values", "grid_thw", "regions", "input_ids", "cu_seqlens", "words", "rivals")
+    with torch.no_grad():
+        forward = counted(lambda: model.region_losses(*(getattr(batch, f) for f in fields)))
+    assert sum(ours.forward.values()) == pytest.approx(forward, rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weights_and_optimizer_bytes_are_exact(name):
     stage = toy.stage(train={"*": 1.0, "visual.*": 0.0}, optim=Optim(name=name))

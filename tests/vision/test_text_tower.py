@@ -192,6 +192,8 @@ def test_place_loss_tells_the_places_of_a_region_from_all_of_its_frame():
         target = target.flatten().expand(len(inside), -1)
         want = want + F.kl_div(F.log_softmax(inside @ places, dim=-1), target, reduction="batchmean")
     assert n == 4 and loss.item() > 0 and torch.allclose(loss, want, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.region_losses(*batch)["places"][0].item() == pytest.approx(loss.item(), rel=0.05)
 
 
 def test_what_is_no_rival_is_not_unlearned():
