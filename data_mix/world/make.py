@@ -31,13 +31,16 @@ from mm.common.progress import Progress
 from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
-SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "reorder", "shop", "text", "text_chat")
+KC_SOURCES = {task: f"kc_{task.lower()}" for task in kc.TASKS}
+SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "motion", "reorder", "shop",
+           *KC_SOURCES.values(), "text", "text_chat")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class WorldSize:
     """How many of everything. `briefs`: silent training clips of the sampled frames alone, cheap and so many;
-    `rows`: eval rows per task and split; `probe`: the same for split "train"."""
+    `rows`: eval rows per task and split; `probe`: the same for split "train"; `most`: samples of a source about
+    clips, where not all that could be made are wanted."""
 
     clips: int
     briefs: int
@@ -51,7 +54,7 @@ class WorldSize:
     probe: int
     kc_rows: int
     kc_probe: int
-    reorder: int = 300
+    most: dict[str, int] = field(default_factory=lambda: {"reorder": 300, "motion": 900})
     shares: dict[str, float] = field(
         default_factory=lambda: {"video_caption": 0.35, "second": 0.45, "brief second": 0.65}
     )
@@ -71,9 +74,10 @@ def _shop(n: int) -> dict[str, int]:
 
 
 WORLD_SIZES = {
-    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 6, 4, 6, 6, 2, 3, 6),
-    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 240, 300, 130, 250, 100, 160, 300),
-    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 720, 900, 260, 500, 200, 200, 900),
+    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 240, 300, 130, 250, 100, 160),
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 720, 900, 260, 500, 200, 200,
+                      {"reorder": 900, "motion": 2700}),
 }  # fmt: skip
 
 
@@ -168,8 +172,7 @@ class _World:
             truth = self.clip(result)
             family = "video_caption" if i % n < captions else "video_qa"
             for source, sample in tasks.clip_samples(self.seed, result[0], truth, family).items():
-                if source != "reorder" or len(self.sources["reorder"]) < self.size.reorder:
-                    self.sources[source].write(result[0], sample, {"mp4": result[1]})
+                self._clip_sample(source, result[0], sample, result[1])
             for key, sample, jpg in result[3]:
                 self.sources["regions"].write(key, sample, {"0.jpg": jpg})
             hero = truth["things"][0]
@@ -184,7 +187,11 @@ class _World:
         for name, mp4, samples in self.crew.run(jobs):
             for source, sample in samples.items():
                 if source != "reorder":
-                    self.sources[source].write(name, sample, {"mp4": mp4})
+                    self._clip_sample(source, name, sample, mp4)
+
+    def _clip_sample(self, source: str, name: str, sample: dict, mp4: bytes) -> None:
+        if len(self.sources[source]) < self.size.most.get(source, 10**9):
+            self.sources[source].write(name, sample, {"mp4": mp4})
 
     def _clip_rows(self, split: str, media: str, truth: dict, limit: int) -> None:
         have = Counter(r["task"] for rows in self.rows.values() for r in rows if r["split"] == split)
@@ -287,11 +294,12 @@ class _World:
     def _shop_sample(self, task: str, number: int, row: dict) -> None:
         media = {f"{i}.jpg": j for i, j in enumerate(row["images"])}
         parts = [{"type": "image", "image": name} for name in media]
-        turns = [{"type": task, "q": row["question"], "a": row["answer"]}]
-        turns += kc.follow_ups(row, row["lang"], rng(self.seed, "shop", task, number))
-        sample = stills.conversation(parts, turns, "shop", {"lang": row["lang"], **row["meta"]})
-        sample["media"] = stills.media_facts(row["meta"]["truths"])
-        self.sources["shop"].write(f"{task.lower()}-{number:05d}", sample, media)
+        asked = {"type": task, "q": row["question"], "a": row["answer"]}
+        more = kc.follow_ups(row, row["lang"], rng(self.seed, "shop", task, number))
+        for source, turns in (("shop", [asked, *more]), (KC_SOURCES[task], [asked])):
+            sample = stills.conversation(parts, turns, source, {"lang": row["lang"], **row["meta"]})
+            sample["media"] = stills.media_facts(row["meta"]["truths"])
+            self.sources[source].write(f"{task.lower()}-{number:05d}", sample, media)
 
     def _kc_line(self, task: str, split: str, number: int, row: dict, index: int) -> list:
         paths = [f"{task}/{split}-{number:04d}-{i}.jpg" for i in range(len(row["images"]))]

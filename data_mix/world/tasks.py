@@ -99,6 +99,13 @@ def video_qa(truth: dict, random: np.random.Generator) -> dict:
     return stills.conversation(_video(), [*first, *turns[: int(random.integers(4, 8))]], "video_qa", {"lang": lang})
 
 
+def motion(truth: dict, lang: str) -> dict | None:
+    """What each thing does that slides, rises, falls or bounces, and nothing besides: told only by comparing frames,
+    and in a caption one word of twenty. None where nothing does."""
+    turns = [text.action(truth, e, lang) for e in truth["events"] if e["motion"] not in ("splits", "vanishes")]
+    return stills.conversation(_video(), turns, "motion", {"lang": lang}) if turns else None
+
+
 def _places(truth: dict) -> list[np.ndarray]:
     """Per sampled frame: the centres of all parts and which things are there, in short sides."""
     side = min(truth["width"], truth["height"])
@@ -148,6 +155,8 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
     if truth["fps"] != FPS:
         samples["tracks"] = named_clip(seed, name, truth)
+        if moves := motion(truth, language(rng(seed, "motion", name))):
+            samples["motion"] = moves
     mixed = reorder(truth, rng(seed, "reorder", name))
     if mixed:
         samples["reorder"] = mixed

@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-VERSION = "6"
+VERSION = "7"
 LANGUAGES = ("en", "zh")
 
 SHAPES = ("ball", "cube", "cone", "star", "ring", "cross")

@@ -1,10 +1,10 @@
 """Keye-VL's recipe as a pipeline, and the commands that run, show and plan it.
 
-    world -> tokenizer -> text, words -> s0_vit -> s1_align -> s2_multitask
+    world -> tokenizer -> text, words -> s0_vit -> s1_align -> s2_multitask -> s2_practice
           -> s3_anneal_image, s3_anneal_video -> s3_merge -> eval
 
-At small and 8b `world`, `tokenizer`, `text` and `words` fall away: data come from --data, the decoder from
---qwen3, the tower from --siglip.
+At small and 8b `world`, `tokenizer`, `text`, `words` and `s2_practice` fall away: data come from --data, the decoder
+from --qwen3, the tower from --siglip.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mm.merge import average
 from stages import launch
 from stages.engine import plan as planning
 from stages.environment import cores, device_of, environment
-from stages.keye import s0_vit, s1_align, s2_multitask, s3_anneal, text, words
+from stages.keye import s0_vit, s1_align, s2_multitask, s2_practice, s3_anneal, text, words
 from stages.keye.run import Means, empty, run_stage, texts_of, train_tokenizer
 from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
@@ -45,10 +45,11 @@ STAGES: dict[str, Callable[[str], Stage]] = {
     "keye.s0_vit": s0_vit.stage,
     "keye.s1_align": s1_align.stage,
     "keye.s2_multitask": s2_multitask.stage,
+    "keye.s2_practice": s2_practice.stage,
     "keye.s3_anneal_image": partial(s3_anneal.stage, mixture="image"),
     "keye.s3_anneal_video": partial(s3_anneal.stage, mixture="video"),
 }
-PREPARATORY = ("keye.text", "keye.words")  # at tiny only
+OURS = ("keye.text", "keye.words", "keye.s2_practice")  # at tiny only
 ENDS = {"text": "text", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
 ANNEALED = ("s3_anneal_image", "s3_anneal_video")
 SCORED = ("s1", "s2", "s3")  # what can answer questions
@@ -93,7 +94,7 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     if a.to not in ENDS:
         raise UserError(f"--to {a.to}: not a stage{nearest(a.to, ENDS)}")
     tiny = a.size == "tiny"
-    stages = [n for n in STAGES if tiny or n not in PREPARATORY]
+    stages = [n for n in STAGES if tiny or n not in OURS]
     begins = tuple(n.removeprefix("keye.") + "." for n in stages)
     wrong = [s for s in a.set if not s.split("=")[0].startswith(begins)]
     if wrong:

@@ -18,7 +18,7 @@ MIX = {
     "interleaved": 0.03, "video_caption": 0.22, "video_qa": 0.13, "reorder": 0.005, "shop": 0.165, "text_chat": 0.09,
 }  # fmt: skip
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=560),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=480),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }

@@ -16,7 +16,7 @@ from data_mix.shards import Source
 from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
 from data_mix.world.stills import picture
 from data_mix.world.truth import make_brief, make_clip, truth_of
-from data_mix.world.words import COLOUR_SHAPE, COLOURS, HELD_COLOUR_SHAPE, SHAPES, ZH
+from data_mix.world.words import COLOUR_SHAPE, COLOURS, HELD_COLOUR_SHAPE, MOTIONS, SHAPES, ZH
 from mm.common.seeds import rng
 from mm.sizes import PROCESSORS
 from mm.tokenizer import Tokenizer
@@ -99,6 +99,42 @@ def test_no_answer_was_just_told():
             if t["type"] in ("colour", "shape", "material", "motion", "actor"):
                 assert t["a"] not in said
             said += " " + t["a"] if t["type"] == "order" else f" {t['q']} {t['a']}"
+
+
+def test_practice_of_motion_asks_what_only_time_tells():
+    asked: Counter[str] = Counter()
+    for i, motion in enumerate(3 * MOTIONS):
+        _, _, truth = make_brief(4, f"clip-{i}", ("blue", "ring", motion), second=i % 2 == 0)
+        moves = [e for e in truth["events"] if e["motion"] not in ("splits", "vanishes")]
+        sample = tasks.motion(truth, "en")
+        if not moves:
+            assert sample is None
+            continue
+        assert [p["type"] for p in sample["messages"][0]["content"]] == ["video", "text"]
+        said = [m["content"] for m in sample["messages"]]
+        said[0] = said[0][-1]["text"]
+        for event, q, answer in zip(moves, said[::2], said[1::2], strict=True):
+            thing, asked[answer] = truth["things"][event["thing"]], asked[answer] + 1
+            assert q == f"What does the {thing['colour']} {thing['shape']} do?"
+            boxes = [b[event["thing"]][0] for b in truth["boxes"] if b[event["thing"]]]
+            right, down = boxes[-1][0] - boxes[0][0], boxes[-1][1] - boxes[0][1]
+            if answer.startswith("slides"):
+                assert (right > 0) == (answer == "slides right") and abs(right) > abs(down)
+            elif answer != "bounces":
+                assert (down > 0) == (answer == "falls") and abs(down) > abs(right)
+    assert set(asked) == {"slides left", "slides right", "rises", "falls", "bounces"}
+
+
+def test_practice_of_the_shops_questions_is_their_first_exchange_alone(world):
+    whole = Source(world / "sources" / "shop")
+    numbers = {key: i for i, key in enumerate(whole.keys)}
+    alone = [Source(world / "sources" / f"kc_{task.lower()}") for task in kc.TASKS]
+    for source in alone:
+        for i, key in enumerate(source.keys):
+            there = whole.sample(numbers[key])
+            assert source.sample(i)["messages"] == there["messages"][:2] and len(there["messages"]) > 2
+            assert source.member(i, "0.jpg") == whole.member(numbers[key], "0.jpg")
+    assert sum(len(s.keys) for s in alone) == len(whole.keys)
 
 
 def test_eval_rows_point_at_files_and_hold_their_answer(world):
