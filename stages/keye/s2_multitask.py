@@ -1,6 +1,6 @@
 """Stage 2: everything trains, on every kind of task at once.
 
-    mm run keye.s2_multitask --size tiny                             2 cores, 5 minutes
+    mm run keye.s2_multitask --size tiny                             2 cores, 4 minutes
     torchrun ... -m stages.cli run keye.s2_multitask --size 8b --from RUN --data caption=FOLDER ...
 
 Published: tower, projector and decoder all train on caption, OCR, grounding and counting (integer coordinates

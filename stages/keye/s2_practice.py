@@ -2,10 +2,11 @@
 
     mm run keye.s2_practice --size tiny                              2 cores, a minute
 
-Not published and not at small or 8b, where stage 3 follows stage 2. With a tiny model's few tokens a step, comparing
-pictures (the same product? the same topic? which episode comes first?) and frames (which way does it slide?) stays at
-chance however often the mix asks for it; practised with little else around, each comes within some hundred steps,
-and stage 3's mixes keep most of it while what was forgotten comes back.
+Not published, and not at small or 8b, where stage 3 follows stage 2. With a tiny model's few tokens a step, comparing
+pictures (the same product? the same topic? which episode comes first?) and frames (which way does it slide?) stayed
+at chance in every mix of everything that was tried; with little else around it comes within some hundred steps, and
+stage 3's mixes keep most of it while what was forgotten meanwhile comes back. What is nearly known (rude comments,
+likes) is asked along: alone, the others would wipe it out.
 """
 
 from data_mix.mix import SourceSpec

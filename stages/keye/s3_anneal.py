@@ -1,6 +1,6 @@
 """Stage 3: the learning rate falls to nothing on a curated mix; models annealed on different mixes are averaged.
 
-    mm run keye.s3_anneal_image --size tiny                          2 cores, about half a minute each
+    mm run keye.s3_anneal_image --size tiny                          2 cores, about 40 seconds each
     mm run keye.s3_anneal_video --size tiny
     mm run keye --size tiny --to s3                                  both, then their average
 
