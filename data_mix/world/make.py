@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -31,16 +32,16 @@ from mm.common.progress import Progress
 from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
-KC_SOURCES = {task: f"kc_{task.lower()}" for task in kc.TASKS}
+ALONE = {task: f"shop_{task.lower()}" for task in kc.TASKS if task != "CPV"}  # what is asked without follow-ups too
 SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "motion", "reorder", "shop",
-           *KC_SOURCES.values(), "text", "text_chat")  # fmt: skip
+           *ALONE.values(), "text", "text_chat")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class WorldSize:
     """How many of everything. `briefs`: silent training clips of the sampled frames alone, cheap and so many;
-    `rows`: eval rows per task and split; `probe`: the same for split "train"; `most`: samples of a source about
-    clips, where not all that could be made are wanted."""
+    `rows`: eval rows per task and split; `probe`: the same for split "train"; `most`: the largest
+    number of samples of a source about clips; what is not named there has no limit."""
 
     clips: int
     briefs: int
@@ -54,7 +55,7 @@ class WorldSize:
     probe: int
     kc_rows: int
     kc_probe: int
-    most: dict[str, int] = field(default_factory=lambda: {"reorder": 300, "motion": 900})
+    most: dict[str, int] = field(default_factory=lambda: {"reorder": 300, "motion": 300})
     shares: dict[str, float] = field(
         default_factory=lambda: {"video_caption": 0.35, "second": 0.45, "brief second": 0.65}
     )
@@ -77,7 +78,7 @@ WORLD_SIZES = {
     "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
     "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 240, 300, 130, 250, 100, 160),
     "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 720, 900, 260, 500, 200, 200,
-                      {"reorder": 900, "motion": 2700}),
+                      {"reorder": 900, "motion": 900}),
 }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ class _World:
                     self._clip_sample(source, name, sample, mp4)
 
     def _clip_sample(self, source: str, name: str, sample: dict, mp4: bytes) -> None:
-        if len(self.sources[source]) < self.size.most.get(source, 10**9):
+        if len(self.sources[source]) < self.size.most.get(source, math.inf):
             self.sources[source].write(name, sample, {"mp4": mp4})
 
     def _clip_rows(self, split: str, media: str, truth: dict, limit: int) -> None:
@@ -296,7 +297,8 @@ class _World:
         parts = [{"type": "image", "image": name} for name in media]
         asked = {"type": task, "q": row["question"], "a": row["answer"]}
         more = kc.follow_ups(row, row["lang"], rng(self.seed, "shop", task, number))
-        for source, turns in (("shop", [asked, *more]), (KC_SOURCES[task], [asked])):
+        talks = {"shop": [asked, *more], **({ALONE[task]: [asked]} if task in ALONE else {})}
+        for source, turns in talks.items():
             sample = stills.conversation(parts, turns, source, {"lang": row["lang"], **row["meta"]})
             sample["media"] = stills.media_facts(row["meta"]["truths"])
             self.sources[source].write(f"{task.lower()}-{number:05d}", sample, media)

@@ -100,8 +100,8 @@ def video_qa(truth: dict, random: np.random.Generator) -> dict:
 
 
 def motion(truth: dict, lang: str) -> dict | None:
-    """What each thing does that slides, rises, falls or bounces, and nothing besides: told only by comparing frames,
-    and in a caption one word of twenty. None where nothing does."""
+    """What each thing does that slides, rises, falls or bounces, and nothing besides (of brief clips): told only by
+    comparing frames, and in a caption one word of twenty. None where nothing does."""
     turns = [text.action(truth, e, lang) for e in truth["events"] if e["motion"] not in ("splits", "vanishes")]
     return stills.conversation(_video(), turns, "motion", {"lang": lang}) if turns else None
 
@@ -155,7 +155,7 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
     if truth["fps"] != FPS:
         samples["tracks"] = named_clip(seed, name, truth)
-        if moves := motion(truth, language(rng(seed, "motion", name))):
+        if moves := motion(truth, language(rng(seed, "asked of motion", name))):
             samples["motion"] = moves
     mixed = reorder(truth, rng(seed, "reorder", name))
     if mixed:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.pretty import pprint
 
 from data_mix.world.make import make_world
+from data_mix.world.words import VERSION
 from eval.evaluate import evaluate_world
 from eval.report import report
 from eval.scores import print_scores
@@ -49,7 +50,7 @@ STAGES: dict[str, Callable[[str], Stage]] = {
     "keye.s3_anneal_image": partial(s3_anneal.stage, mixture="image"),
     "keye.s3_anneal_video": partial(s3_anneal.stage, mixture="video"),
 }
-OURS = ("keye.text", "keye.words", "keye.s2_practice")  # at tiny only
+TINY_ONLY = ("keye.text", "keye.words", "keye.s2_practice")
 ENDS = {"text": "text", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
 ANNEALED = ("s3_anneal_image", "s3_anneal_video")
 SCORED = ("s1", "s2", "s3")  # what can answer questions
@@ -66,12 +67,19 @@ def name_of(what: str, *more: str) -> str:
 
 def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
     """The stage called `name` at the asked size, seed and scale, with its overrides."""
+    if name in TINY_ONLY and a.size != "tiny":
+        raise UserError(f"{name} is a stage of --size tiny alone; at {a.size} the recipe has none in its place")
     stage = replace(STAGES[name](a.size), seed=a.seed)
     stage = replace(stage, budget=replace(stage.budget, steps=max(round(stage.budget.steps * a.scale), 1)))
     steps = override(stage, settings).budget.steps
     optim = replace(stage.optim, warmup_steps=min(stage.optim.warmup_steps, steps // 2))
     log = replace(stage.log, every_steps=max(steps // 40, 1))
     return override(replace(stage, optim=optim, log=log), settings).check()
+
+
+def stages_at(size: str) -> list[str]:
+    """Full names of the recipe's stages at a size, in order."""
+    return [n for n in STAGES if size == "tiny" or n not in TINY_ONLY]
 
 
 def settings_of(name: str, settings: list[str]) -> list[str]:
@@ -94,14 +102,20 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     if a.to not in ENDS:
         raise UserError(f"--to {a.to}: not a stage{nearest(a.to, ENDS)}")
     tiny = a.size == "tiny"
-    stages = [n for n in STAGES if tiny or n not in OURS]
-    begins = tuple(n.removeprefix("keye.") + "." for n in stages)
+    shorts = [n.removeprefix("keye.") for n in stages_at(a.size)]
+    begins = tuple(f"{short}." for short in shorts)
     wrong = [s for s in a.set if not s.split("=")[0].startswith(begins)]
     if wrong:
-        raise UserError(f"--set {wrong[0]}: in a pipeline begin with the stage, e.g. s2_multitask.optim.lr=1e-4")
+        raise UserError(f"--set {wrong[0]}: in a pipeline begin with one of its stages ({', '.join(shorts)}), e.g. "
+                        "s2_multitask.optim.lr=1e-4")  # fmt: skip
+    stages = [stage_of(f"keye.{short}", a, settings_of(short, a.set)) for short in shorts]
+    known = {str(s.path) for stage in stages for s in stage.mix}
+    if unknown := set(means.data) - known:
+        raise UserError(f"--data {min(unknown)}: no stage has such a source{nearest(min(unknown), sorted(known))}")
     world_size = "tiny" if a.scale < 2 else "full"
     nodes = [
-        Node("world", lambda f, _: _made(f, world_size, a), params={"size": world_size, "seed": a.seed}),
+        Node("world", lambda f, _: _made(f, world_size, a),
+             params={"size": world_size, "seed": a.seed, "version": VERSION}),
         Node("tokenizer", lambda f, i: train_tokenizer(_texts(i["world"]), f / "model"), ("world",)),
     ]
     given = {k: p for k in GIVEN if (p := getattr(a, k)) is not None}
@@ -109,11 +123,10 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     if missing:
         raise UserError(f"--size {a.size} starts from published weights: give their local Hugging Face folders with "
                         + " and ".join(f"--{k} FOLDER" for k in missing))  # fmt: skip
-    for name in stages:
-        short = name.removeprefix("keye.")
-        stage = stage_of(name, a, settings_of(short, a.set))
+    for stage in stages:
         needs = tuple(s for s in stage.start if s != "scratch") + (("world", "tokenizer") if tiny else ())
-        nodes.append(trained(stage, means, needs))
+        mine = {name: path for name, path in means.data.items() if name in {str(s.path) for s in stage.mix}}
+        nodes.append(trained(stage, replace(means, data=mine), needs))
     nodes.append(Node("s3_merge", lambda f, i: average([i[n] for n in ANNEALED], f / "model"), ANNEALED))
     if a.to in SCORED and not a.no_eval and (tiny or a.world):
         last = ENDS[a.to]
@@ -173,7 +186,7 @@ def ranks_here(a: argparse.Namespace, device: str) -> int:
     if device != "cpu":
         return 1
     if a.what == "keye":
-        stages = [stage_of(n, a, settings_of(n.removeprefix("keye."), a.set)) for n in STAGES]
+        stages = [stage_of(n, a, settings_of(n.removeprefix("keye."), a.set)) for n in stages_at(a.size)]
     else:
         stages = [stage_of(name_of(a.what), a, a.set)]
     packs = math.gcd(*(s.budget.packs_per_step for s in stages))

@@ -2,6 +2,7 @@
 
 import colorsys
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -216,6 +217,9 @@ def test_training_never_shows_or_tells_a_held_out_pair(world):
             sample = json.loads(line)["sample"]
             said = words_of(sample)
             assert not [b for b in bad if b in said], said
+            for asked, answer in itertools.pairwise(sample["messages"] if sample["family"] == "motion" else []):
+                thing = next((s for s in SHAPES if f"{s} do?" in words_of({"messages": [asked]})), None)
+                assert (thing, answer["content"]) not in HELD_SHAPE_MOTION
             for truth in sample["meta"].get("truths", []):
                 assert not any((t["colour"], t["shape"]) in HELD_COLOUR_SHAPE for t in truth["things"])
     for truth, _ in clips(world, "train"):

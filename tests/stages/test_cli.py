@@ -19,7 +19,7 @@ from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
 from stages import cli
-from stages.keye.recipe import OURS, STAGES
+from stages.keye.recipe import STAGES, TINY_ONLY
 
 COMMANDS = ("run", "show", "plan", "eval", "chat", "data", "claim", "env", "data make-world", "data import",
             "data lint", "data stats", "data view")  # fmt: skip
@@ -79,8 +79,11 @@ def test_the_examples_can_be_parsed(mm):
 @pytest.mark.parametrize("size", ["tiny", "small", "8b"])
 def test_every_stage_has_a_plan_and_a_page_at_every_size(mm, size):
     for name in STAGES:
-        if name in OURS and size != "tiny":
-            continue  # stages of tiny alone: elsewhere decoder and tower are given
+        if name in TINY_ONLY and size != "tiny":
+            for command in ("plan", "show", "run"):
+                code, said = mm(command, name, "--size", size)
+                assert code == 2 and f"{name} is a stage of --size tiny alone" in said, said
+            continue
         code, said = mm("plan", name, "--size", size, "--gpus", 8)
         assert code == 0 and "parameters" in said and "FLOPs per step" in said, (name, said)
         code, said = mm("show", name, "--size", size)
@@ -118,8 +121,10 @@ MISTAKES = [
     ("run keye.text --set budget.steps=1.5", "wanted int, got 1.5"),
     ("run keye.text --set budget.steps=0", "must be above 0"),
     ("run keye.text --set precision=fp8", "wanted"),
-    ("run keye --set optim.lr=1", "begin with the stage"),
-    ("run keye --set s2_multitask=3", "begin with the stage"),
+    ("run keye --set optim.lr=1", "begin with one of its stages"),
+    ("run keye --set s2_multitask=3", "begin with one of its stages"),
+    ("run keye --size 8b --set s2_practice.optim.lr=1", "begin with one of its stages (s0_vit, s1_align"),
+    ("run keye --data vqq=x", "--data vqq: no stage has such a source; did you mean 'vqa'"),
     ("run keye --set text.optim.lrr=1", "did you mean 'lr'"),
     ("run keye --size 8b", "--qwen3 FOLDER and --siglip FOLDER"),
     ("run keye --world nowhere", "--world nowhere is not a world"),
