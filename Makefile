@@ -11,7 +11,7 @@ quickstart: install
 	$(BIN)/mm run keye --size tiny --to s3 --out runs/quickstart
 
 full: install
-	$(BIN)/mm run keye --size tiny --scale 4 --to s3 --out runs/full
+	$(BIN)/mm run keye --size tiny --scale 4 --set s2_multitask.budget.steps=1920 --to s3 --out runs/full
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

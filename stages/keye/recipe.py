@@ -1,6 +1,6 @@
 """Keye-VL's recipe as a pipeline, and the commands that run, show and plan it.
 
-    world -> tokenizer -> text, words -> s0_vit -> s1_align -> s2_multitask -> s2_practice
+    world -> tokenizer -> text, words -> s0_vit -> s1_align -> s2_multitask (-> s2_practice, in long runs)
           -> s3_anneal_image, s3_anneal_video -> s3_merge -> eval
 
 At small and 8b `world`, `tokenizer`, `text`, `words` and `s2_practice` fall away: data come from --data, the decoder
@@ -51,6 +51,7 @@ STAGES: dict[str, Callable[[str], Stage]] = {
     "keye.s3_anneal_video": partial(s3_anneal.stage, mixture="video"),
 }
 TINY_ONLY = ("keye.text", "keye.words", "keye.s2_practice")
+LONG = 2  # from this --scale on, a run has the larger world, and s2_practice: there s2 has taught what that builds on
 ENDS = {"text": "text", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
 ANNEALED = ("s3_anneal_image", "s3_anneal_video")
 SCORED = ("s1", "s2", "s3")  # what can answer questions
@@ -77,9 +78,10 @@ def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
     return override(replace(stage, optim=optim, log=log), settings).check()
 
 
-def stages_at(size: str) -> list[str]:
-    """Full names of the recipe's stages at a size, in order."""
-    return [n for n in STAGES if size == "tiny" or n not in TINY_ONLY]
+def stages_at(size: str, scale: float) -> list[str]:
+    """Full names of the recipe's stages at a size and scale, in order."""
+    left_out = {"keye.s2_practice"} if scale < LONG else set()
+    return [n for n in STAGES if n not in (left_out if size == "tiny" else TINY_ONLY)]
 
 
 def settings_of(name: str, settings: list[str]) -> list[str]:
@@ -102,17 +104,20 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     if a.to not in ENDS:
         raise UserError(f"--to {a.to}: not a stage{nearest(a.to, ENDS)}")
     tiny = a.size == "tiny"
-    shorts = [n.removeprefix("keye.") for n in stages_at(a.size)]
+    shorts = [n.removeprefix("keye.") for n in stages_at(a.size, a.scale)]
     begins = tuple(f"{short}." for short in shorts)
     wrong = [s for s in a.set if not s.split("=")[0].startswith(begins)]
     if wrong:
         raise UserError(f"--set {wrong[0]}: in a pipeline begin with one of its stages ({', '.join(shorts)}), e.g. "
                         "s2_multitask.optim.lr=1e-4")  # fmt: skip
     stages = [stage_of(f"keye.{short}", a, settings_of(short, a.set)) for short in shorts]
+    if "s2_practice" in shorts:
+        annealed = [f"keye.{n}" for n in ANNEALED]
+        stages = [replace(s, start=["s2_practice"]) if s.name in annealed else s for s in stages]
     known = {str(s.path) for stage in stages for s in stage.mix}
     if unknown := set(means.data) - known:
         raise UserError(f"--data {min(unknown)}: no stage has such a source{nearest(min(unknown), sorted(known))}")
-    world_size = "tiny" if a.scale < 2 else "full"
+    world_size = "tiny" if a.scale < LONG else "full"
     nodes = [
         Node("world", lambda f, _: _made(f, world_size, a),
              params={"size": world_size, "seed": a.seed, "version": VERSION}),
@@ -186,7 +191,7 @@ def ranks_here(a: argparse.Namespace, device: str) -> int:
     if device != "cpu":
         return 1
     if a.what == "keye":
-        stages = [stage_of(n, a, settings_of(n.removeprefix("keye."), a.set)) for n in stages_at(a.size)]
+        stages = [stage_of(n, a, settings_of(n.removeprefix("keye."), a.set)) for n in stages_at(a.size, a.scale)]
     else:
         stages = [stage_of(name_of(a.what), a, a.set)]
     packs = math.gcd(*(s.budget.packs_per_step for s in stages))

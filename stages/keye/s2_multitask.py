@@ -1,6 +1,6 @@
 """Stage 2: everything trains, on every kind of task at once.
 
-    mm run keye.s2_multitask --size tiny                             2 cores, 4 minutes
+    mm run keye.s2_multitask --size tiny                             2 cores, 5 minutes
     torchrun ... -m stages.cli run keye.s2_multitask --size 8b --from RUN --data caption=FOLDER ...
 
 Published: tower, projector and decoder all train on caption, OCR, grounding and counting (integer coordinates
@@ -18,7 +18,7 @@ MIX = {
     "interleaved": 0.03, "video_caption": 0.22, "video_qa": 0.13, "reorder": 0.005, "shop": 0.165, "text_chat": 0.09,
 }  # fmt: skip
 BUDGETS = {
-    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=480),
+    "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=560),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
     "8b": Budget(tokens=8192, visual_tokens=6144, packs_per_step=512, steps=100_000),
 }

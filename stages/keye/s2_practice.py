@@ -1,8 +1,9 @@
 """Between stages 2 and 3, at tiny only and ours: tasks that compare pictures or frames are practised by themselves.
 
-    mm run keye.s2_practice --size tiny                              2 cores, a minute
+    mm run keye.s2_practice --size tiny --scale 4                    2 cores, 4 minutes
 
-Not published; at small and 8b stage 3 follows stage 2. A tiny model has few tokens a step, and what it takes to
+Not published; at small and 8b, and in runs shorter than --scale 2, stage 3 follows stage 2: what comparing builds on
+must be there first. A tiny model has few tokens a step, and what it takes to
 compare (is it the same product? the same topic? which comes first? which way does it slide?) drowned in every mix
 of everything that was tried. So these are asked with little else around, in the words of the tasks they prepare for,
 of training's pictures; rude comments and likes come along, lest they be forgotten. The rest is to come back in

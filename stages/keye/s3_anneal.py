@@ -46,7 +46,7 @@ def stage(size: str, mixture: str = "image") -> Stage:
     kinds = zip(MIXTURES[mixture], (IMAGE[size], VIDEO, TEXT), strict=True)
     return Stage(
         name=f"keye.s3_anneal_{mixture}", size=size, doc=__doc__, model=SIZES[size],
-        start=["s2_practice" if size == "tiny" else "s2_multitask"],
+        start=["s2_multitask"],  # in long runs at tiny: s2_practice (stages/keye/recipe.py)
         train={"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, share * weight) for share, kind in kinds for name, weight in kind.items()],
         optim=OPTIM[size], budget=BUDGETS[size], precision="bf16",

@@ -19,7 +19,7 @@ from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
 from stages import cli
-from stages.keye.recipe import STAGES, TINY_ONLY
+from stages.keye.recipe import STAGES, TINY_ONLY, graph
 
 COMMANDS = ("run", "show", "plan", "eval", "chat", "data", "claim", "env", "data make-world", "data import",
             "data lint", "data stats", "data view")  # fmt: skip
@@ -90,6 +90,19 @@ def test_every_stage_has_a_plan_and_a_page_at_every_size(mm, size):
         assert code == 0 and f"'{name}'" in said
     code, said = mm("show", "keye", "--size", size)
     assert code == 0 and "s3_merge" in said and "to do" in said
+
+
+def test_long_runs_practise_before_stage_3(mm, model, world, tmp_path):
+    graphs = {}
+    for scale in (1, 2):
+        line = ["run", "keye", "--to", "s3", "--scale", scale, "--world", world, "--out", tmp_path / "x"]
+        nodes = graph(cli._parse([str(word) for word in line]), "cpu").nodes
+        graphs[scale] = {n: nodes[n].inputs[0] for n in ("s3_anneal_image", "s3_anneal_video")}
+        assert ("s2_practice" in nodes) == (scale == 2)
+    assert set(graphs[1].values()) == {"s2_multitask"} and set(graphs[2].values()) == {"s2_practice"}
+    code, said = mm("run", "keye.s2_practice", "--from", model, "--world", world, "--out", tmp_path / "run",
+                    "--ranks", 1, "--workers", 0, "--set", "budget.steps=2")  # fmt: skip
+    assert code == 0 and "2/2 100%" in said and (tmp_path / "run/s2_practice/model/config.json").exists(), said
 
 
 def test_the_published_counts(mm):
