@@ -208,7 +208,8 @@ def test_close_is_quick_even_when_a_decoder_hangs(tmp_path, tokenizer):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
