@@ -3,17 +3,15 @@
     mm run keye.s2_practice --size tiny --scale 4                    2 cores, 4 minutes
 
 Not published; at small and 8b, and in runs shorter than --scale 2, stage 3 follows stage 2: what comparing builds on
-must be there first. A tiny model has few tokens a step, and what it takes to
-compare (is it the same product? the same topic? which comes first? which way does it slide?) drowned in every mix
-of everything that was tried. So these are asked with little else around, in the words of the tasks they prepare for,
-of training's pictures; rude comments and likes come along, lest they be forgotten. The rest is to come back in
-stage 3.
+must be there first. A tiny model has few tokens a step, and what it takes to compare (is it the same product? the
+same topic? which comes first? which way does it slide?) drowned in every mix of everything that was tried. So these
+are asked with little else around, in the words of the tasks they prepare for, of training's pictures; rude comments
+and likes come along, lest they be forgotten. The rest is to come back in stage 3. All else is as in stage 2.
 """
 
 from dataclasses import replace
 
 from data_mix.mix import SourceSpec
-from mm.sizes import SIZES
 from stages.keye import s2_multitask
 from stages.stage import Stage
 
@@ -24,11 +22,9 @@ MIX = {
 
 
 def stage(size: str) -> Stage:
-    return Stage(
-        name="keye.s2_practice", size=size, doc=__doc__, model=SIZES[size],
-        start=["s2_multitask"],
-        train={"*": 1.0, "visual.*": 0.1},
+    s2 = s2_multitask.stage(size)
+    return replace(
+        s2, name="keye.s2_practice", doc=__doc__, start=["s2_multitask"],
         mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
-        optim=s2_multitask.OPTIM["tiny"], budget=replace(s2_multitask.BUDGETS["tiny"], steps=110),
-        precision="bf16", sharding="replicate",
+        budget=replace(s2.budget, steps=110),
     )  # fmt: skip
