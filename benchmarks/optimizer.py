@@ -22,6 +22,7 @@ from typing import Any, Literal
 import harness
 import torch
 
+from mm.common.precision import settle
 from mm.sizes import PROCESSORS
 from mm.tokenizer import Tokenizer
 from stages import objectives
@@ -68,7 +69,7 @@ def eval_batches(a: argparse.Namespace, tokenizer: Tokenizer, means: Means) -> l
 def evaluate(stage: Stage, model: Any, batches: list[Any]) -> float:
     """The stage's loss per trained token, or per image, in its own precision."""
     total = count = 0.0
-    with torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=settle(stage.precision, torch.device("cpu")) == "bf16"):
         for batch in batches:
             if stage.objective.name == "next_token":
                 loss, n = model.loss(batch)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mm.common.errors import UserError
+from mm.common.precision import has_bf16
 
 PACKAGES = ("mmstack", "torch", "numpy", "safetensors", "tokenizers", "pillow", "av", "decord", "scikit-learn",
             "matplotlib", "tensorboard", "transformers", "flash-attn", "wandb", "trackio")  # fmt: skip
@@ -67,6 +68,7 @@ def environment() -> dict[str, str]:
             for i in range(torch.cuda.device_count())
         ) or "none",
         "CUDA of torch": str(torch.version.cuda or "none (CPU build)"),
+        "bf16 arithmetic": "yes" if has_bf16(torch.device(device_of("auto"))) else "no (auto takes fp32)",
         "attention": "flash-attn" if importlib.util.find_spec("flash_attn") else "SDPA (flash-attn is not installed)",
     }  # fmt: skip
     return facts | {name: version(name) for name in PACKAGES}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mm.common.config import to_dict
 from mm.common.errors import UserError
+from mm.common.precision import Precision
 
 # What a person may change between two starts of one run without making it another run.
 FREE = ("doc", "log", "checkpoint", "expect")
@@ -102,6 +103,7 @@ class Stage:
     train: name pattern (as in fnmatch; `*` crosses dots) -> learning-rate multiplier. The last pattern that
         matches a parameter counts; what none matches, or a 0, is frozen.
     mix: the sources with their weights (`data_mix.mix.SourceSpec`).
+    precision: of the multiplications; weights are fp32. "auto": bf16 on devices that have it in hardware.
     sharding: "full" cuts weights and optimizer over the ranks; "replicate" keeps them whole on each.
     expect: metric -> value a run of this size should reach.
     """
@@ -116,7 +118,7 @@ class Stage:
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optim: Optim = field(default_factory=Optim)
     budget: Budget = field(default_factory=Budget)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     sharding: Literal["full", "replicate"] = "full"
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)

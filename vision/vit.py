@@ -64,7 +64,7 @@ def normalise(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 0..255 -> `dtype` -1..1 (mean and std 0.5, as SigLIP); floats are taken as normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
-    return (pixels.float() / 127.5 - 1.0).to(dtype)
+    return pixels.float().div_(127.5).sub_(1.0).to(dtype)
 
 
 class Attention(nn.Module):

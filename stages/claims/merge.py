@@ -66,7 +66,7 @@ def mixture(own: tuple[str, ...], lean: float) -> list[SourceSpec]:
 def stage(name: str, c: Config, *, steps: int, mix: list[SourceSpec], optim: Optim, start: str, seed: int) -> Stage:
     return Stage(
         name=f"claim.{name}", size="tiny", model=SIZES["tiny"], start=[start], train={"*": 1.0}, mix=mix, optim=optim,
-        budget=Budget(tokens=c.tokens, visual_tokens=c.tokens * 3 // 4, steps=steps), precision="bf16",
+        budget=Budget(tokens=c.tokens, visual_tokens=c.tokens * 3 // 4, steps=steps), precision="auto",
         checkpoint=Checkpoints(every_steps=0, keep=1, asynchronous=False), log=Log(tensorboard=False), seed=seed,
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_mix.world.words import SHAPES
+from mm.common.precision import has_bf16
 from mm.common.seeds import rng
 from mm.sizes import SIZES
 from stages.claims.claim import Cell, Claim, Contrast, Lines, Row, Tick, constant, spread
@@ -87,7 +88,7 @@ class Reader(nn.Module):
         """M items in runs of one grid -> fp32 logits [M, 4] of the relation, [M, 2, 6] of the shapes."""
         pixels = normalise(torch.cat([i.patches for i in items]), torch.float32)
         grids = torch.tensor([(1, *i.grid) for i in items])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16(pixels.device)):
             features = self.tower(pixels, grids)
         parts = features.float().split([len(i.patches) for i in items])
         things = torch.stack([i.where @ f for i, f in zip(items, parts, strict=True)])  # [M, 2, D]

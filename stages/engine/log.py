@@ -56,13 +56,15 @@ def write_line(f: TextIO, value: Any) -> None:
     f.flush()
 
 
-def begin_attempt(folder: Path, *, step: int) -> int:
-    """Note in attempts.jsonl that the run goes on from after `step`; returns this attempt's number."""
+def begin_attempt(folder: Path, stage: Stage, *, step: int) -> int:
+    """Note in attempts.jsonl that the run goes on from after `step`, on how many ranks and in which precision;
+    returns this attempt's number."""
     number = 0
     if dist.is_main():
         with open_append(folder / "attempts.jsonl") as f:
             number = len(read_jsonl(folder / "attempts.jsonl"))
-            write_line(f, {"attempt": number, "from_step": step, "ranks": dist.world_size(), "time": time.time()})
+            facts = {"ranks": dist.world_size(), "precision": stage.precision, "time": time.time()}
+            write_line(f, {"attempt": number, "from_step": step, **facts})
     return int(dist.broadcast_object(number))
 
 

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mm.common.config import nearest
 from mm.common.errors import UserError
+from stages.engine.muon import Muon
 from stages.stage import Optim
 
 Selection = dict[str, str]  # parameter name -> the pattern that rules it, for those that train
@@ -66,19 +67,18 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon for the groups marked `muon`, torch's AdamW for the others, behind one face.
+    """Muon for the groups marked `muon`, torch's AdamW for the others, behind one face.
 
     Both work on the very groups and state of this object, so schedules and checkpoints see one optimizer.
-    Muon's steps are scaled to AdamW's size ("match_rms_adamw"): one learning rate serves both.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: Optim):
+    def __init__(self, groups: list[dict[str, Any]], config: Optim, dtype: torch.dtype):
         super().__init__(groups, {"lr": config.lr})
         self.parts: list[torch.optim.Optimizer] = []
         mine = [g for g in self.param_groups if g["muon"]]
         rest = [g for g in self.param_groups if not g["muon"]]
         if mine:
-            self.parts.append(torch.optim.Muon(mine, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(mine, config.momentum, dtype))
         if rest:
             betas = (config.betas[0], config.betas[1])
             self.parts.append(torch.optim.AdamW(rest, betas=betas, eps=config.eps, fused=True))
@@ -93,9 +93,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def build(
     model: nn.Module, selection: Selection, patterns: dict[str, float], config: Optim,
-    owns: Callable[[str], bool] = lambda name: True,
+    owns: Callable[[str], bool] = lambda name: True, *, dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """The optimizer over the selected parameters, one group for each pattern, decay and kind.
+    """The optimizer over the selected parameters, one group for each pattern, decay and kind. Muon multiplies in
+    `dtype`.
 
     Its state is laid out at once, so that memory shows in the dry step and a checkpoint always has every key.
     """
@@ -115,7 +116,7 @@ def build(
     ]  # fmt: skip
     optimizer: torch.optim.Optimizer
     if config.name == "muon":
-        optimizer = MuonAdamW(described, config)
+        optimizer = MuonAdamW(described, config, dtype)
     else:
         betas = (config.betas[0], config.betas[1])
         optimizer = torch.optim.AdamW(described, lr=config.lr, betas=betas, eps=config.eps, fused=True)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from mm.common import dist
 from mm.common.config import to_dict
 from mm.common.errors import UserError
 from mm.common.files import read_json, write_json
+from mm.common.precision import settle
 from mm.common.progress import duration
 from mm.parallelize import average_gradients, gathered, parallelize, shell
 from stages import objectives
@@ -52,17 +54,19 @@ def train(
     """
     folder, device, steps = Path(folder), torch.device(device), stage.check().budget.steps
     write_config(stage, folder)
+    asked, stage = stage, replace(stage, precision=settle(stage.precision, device))
     objective = objectives.make(stage.objective)
     selection, empty = optim.select(model, stage.train), shell(model)
     table = optim.table(model, selection, stage.train, stage.optim)
     model = parallelize(model, device=device, precision=stage.precision, sharding=stage.sharding).train()
     turns = [Turn(phase, model, selection, objective, stage) for phase in objective.phases]
-    saver = Checkpoints(folder / "checkpoints", stage, model, {t.phase: t.optimizer for t in turns}, warn=_warn)
+    saver = Checkpoints(folder / "checkpoints", asked, model, {t.phase: t.optimizer for t in turns}, warn=_warn)
 
     position, begun = resume(saver, loader, turns), time.monotonic()
     start, counters = position["step"], position["counters"]
-    log = Log(folder, stage, attempt=begin_attempt(folder, step=start), start=start, quiet=quiet)
+    log = Log(folder, stage, attempt=begin_attempt(folder, stage, step=start), start=start, quiet=quiet)
     draws = Draws(folder, log.attempt)
+    log.say(f"{stage.name} on {device.type}, {dist.world_size()} ranks, {stage.precision}")
     log.say(table if start == 0 else f"going on from step {start} of {steps} (attempt {log.attempt})")
     if start < steps:
         saver.save_frozen()
@@ -120,7 +124,8 @@ class Turn:
     def __init__(self, phase: str, model: nn.Module, selection: optim.Selection, objective: Objective, stage: Stage):
         self.phase, self.model, self.objective, self.stage = phase, model, objective, stage
         self.optimizer = optim.build(
-            model, selection, stage.train, stage.optim, lambda name: objective.owns(phase, name)
+            model, selection, stage.train, stage.optim, lambda name: objective.owns(phase, name),
+            dtype=torch.bfloat16 if stage.precision == "bf16" else torch.float32,
         )
         self.scheduler = optim.scheduler(self.optimizer, stage.optim, stage.budget.steps)
         self.lr = 0.0

@@ -22,5 +22,5 @@ def stage(size: str) -> Stage:
         optim=Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                     decay_share=0.4),
         budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=450),
-        precision="bf16", sharding="replicate",
+        precision="auto", sharding="replicate",
     )  # fmt: skip

@@ -27,5 +27,5 @@ def stage(size: str) -> Stage:
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                     min_lr_ratio=0.05),
         budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=1000),
-        precision="bf16", sharding="replicate",
+        precision="auto", sharding="replicate",
     )  # fmt: skip

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mm.common.errors import UserError
+from mm.common.files import read_jsonl
+from mm.common.precision import settle
 from stages.objectives import Words
 from tests.stages import engine_launch as launch
 
@@ -83,14 +85,19 @@ def test_token_loss_does_not_depend_on_the_split(tmp_path, whole_packs, splits):
     compare(gradients(tmp_path, len(splits), "keye", splits), whole_packs)
 
 
-@pytest.mark.parametrize(("model", "sharding"), [("keye", "full"), ("contrastive", "full"), ("keye", "replicate")])
-def test_ranks_do_not_change_the_run(tmp_path, model, sharding):
+@pytest.mark.parametrize(("model", "sharding", "optimizer"), [
+    ("keye", "full", "adamw"), ("contrastive", "full", "adamw"), ("keye", "replicate", "adamw"),
+    ("keye", "full", "muon"), ("keye", "replicate", "muon"),
+])  # fmt: skip
+def test_ranks_do_not_change_the_run(tmp_path, model, sharding, optimizer):
     """Eight steps on 1, 2 and 4 ranks: losses and final weights agree to 1e-5."""
     runs = {}
     for ranks in (1, 2, 4):
         folder = tmp_path / str(ranks)
         # eps of AdamW: gradients of nothing but rounding noise must not become whole steps of either sign
-        launch.run("run", folder, ranks=ranks, model=model, sharding=sharding, steps=8, every=4)
+        launch.run(
+            "run", folder, ranks=ranks, model=model, sharding=sharding, optimizer=optimizer, steps=8, every=4
+        )
         runs[ranks] = (launch.losses(folder), launch.weights(folder))
     losses, weights = runs[1]
     assert losses[-1] != losses[0]
@@ -116,3 +123,20 @@ def test_bf16_is_near_fp32_on_one_and_two_ranks(tmp_path):
     assert found["bf16", 1] != found["fp32", 1]
     for ranks in (1, 2):
         assert found["bf16", ranks] == pytest.approx(found["fp32", 1], abs=0.02)
+
+
+def test_auto_precision_is_what_every_rank_has(tmp_path, monkeypatch):
+    """bf16 where the machine has it, fp32 elsewhere; written down; and a run may go on where it is otherwise."""
+    for able, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able, "avx2": True})
+        assert settle("auto", torch.device("cpu")) == name
+        assert settle("fp32", torch.device("cpu")) == "fp32" and settle("bf16", torch.device("cpu")) == "bf16"
+    monkeypatch.undo()
+    here = settle("auto", torch.device("cpu"))
+    losses = {}
+    for precision in ("auto", here):
+        folder = tmp_path / precision
+        launch.run("run", folder, precision=precision, steps=4, ranks=2)
+        losses[precision] = launch.losses(folder)
+        assert [row["precision"] for row in read_jsonl(folder / "attempts.jsonl")] == [here]
+    assert losses["auto"] == losses[here]

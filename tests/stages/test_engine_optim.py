@@ -6,6 +6,7 @@ from rich.console import Console
 
 from mm.common.errors import UserError
 from stages.engine import optim
+from stages.engine.muon import Muon, orthogonal, owners
 from stages.stage import Optim
 from tests.stages import engine_toy as toy
 
@@ -79,3 +80,39 @@ def test_the_same_step_as_torchs_adamw():
 def test_numbers_that_make_no_sense_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         toy.stage(optim=Optim(**change)).check()
+
+
+def test_muon_steps_as_torchs_does():
+    """torch's orthogonalises in bf16: ours in bf16 is the same step but for rounding, in fp32 near it."""
+    shapes, found = [(24, 8), (8, 24), (16, 16)], {}
+    for kind in ("torch", torch.bfloat16, torch.float32):
+        g = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+        if kind == "torch":
+            rule = torch.optim.Muon(params, lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+        else:
+            rule = Muon([{"params": params, "lr": 1e-2, "weight_decay": 0.1}], 0.9, kind)
+            rule.state.update({p: optim.blank_state(p, True) for p in params})
+        start = [p.detach().clone() for p in params]
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g)
+            rule.step()
+        found[kind] = [p.detach() - s for p, s in zip(params, start, strict=True)]
+    for kind, most in ((torch.bfloat16, 0.002), (torch.float32, 0.02)):
+        for ours, theirs in zip(found[kind], found["torch"], strict=True):
+            assert float((ours - theirs).norm() / theirs.norm()) < most
+
+
+def test_orthogonal_keeps_directions_and_makes_lengths_alike():
+    x = torch.randn(12, 30, generator=torch.Generator().manual_seed(1))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    inner = u.T @ orthogonal(x, torch.float32) @ v.T  # what is left in the singular vectors' own frame
+    assert float(inner.diagonal().min()) > 0.6 and float(inner.diagonal().max()) < 1.3
+    assert float((inner - inner.diagonal().diag()).abs().max()) < 1e-5
+
+
+def test_each_rank_gets_its_share_of_the_matrices():
+    matrices = [torch.empty(s) for s in [(8, 8)] * 4 + [(8, 32)]]
+    assert owners(matrices, 1) == [0] * 5 and sorted(owners(matrices, 2)) == [0, 1, 1, 1, 1]
+    assert len(set(owners(matrices, 4))) == 4
