@@ -128,8 +128,8 @@ class Stage:
             if track.opacity[frame] > 0.02:
                 picture = self.sprites[i][int(track.half[frame])]
                 n = picture[0].shape[0]
-                x = int(np.clip(round(float(track.x[frame]) - n / 2), 0, self.scene.width - n))
-                y = int(np.clip(round(float(track.y[frame]) - n / 2), 0, self.scene.height - n))
+                x = min(max(round(float(track.x[frame]) - n / 2), 0), self.scene.width - n)
+                y = min(max(round(float(track.y[frame]) - n / 2), 0), self.scene.height - n)
                 yield picture, x, y, float(track.opacity[frame])
 
     def _lay(self, canvas: np.ndarray, i: int, frame: int) -> None:

@@ -71,6 +71,8 @@ def stage_of(name: str, a: argparse.Namespace, settings: list[str]) -> Stage:
     if name in TINY_ONLY and a.size != "tiny":
         raise UserError(f"{name} is a stage of --size tiny alone; at {a.size} the recipe has none in its place")
     stage = replace(STAGES[name](a.size), seed=a.seed)
+    if name.removeprefix("keye.") in ANNEALED and "keye.s2_practice" in stages_at(a.size, a.scale):
+        stage = replace(stage, start=["s2_practice"])
     stage = replace(stage, budget=replace(stage.budget, steps=max(round(stage.budget.steps * a.scale), 1)))
     steps = override(stage, settings).budget.steps
     optim = replace(stage.optim, warmup_steps=min(stage.optim.warmup_steps, steps // 2))
@@ -111,9 +113,6 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
         raise UserError(f"--set {wrong[0]}: in a pipeline begin with one of its stages ({', '.join(shorts)}), e.g. "
                         "s2_multitask.optim.lr=1e-4")  # fmt: skip
     stages = [stage_of(f"keye.{short}", a, settings_of(short, a.set)) for short in shorts]
-    if "s2_practice" in shorts:
-        annealed = [f"keye.{n}" for n in ANNEALED]
-        stages = [replace(s, start=["s2_practice"]) if s.name in annealed else s for s in stages]
     known = {str(s.path) for stage in stages for s in stage.mix}
     if unknown := set(means.data) - known:
         raise UserError(f"--data {min(unknown)}: no stage has such a source{nearest(min(unknown), sorted(known))}")
@@ -139,6 +138,9 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     pipeline = Pipeline([n for n in nodes if n.name not in given and (tiny or n.name not in ("world", "tokenizer"))],
                         folder, given=given)  # fmt: skip
     wanted = pipeline.needed(["eval"] if "eval" in pipeline.nodes else [ENDS[a.to]])
+    if "world" in given:
+        drawn = {str(s.path) for stage in stages if stage.name.removeprefix("keye.") in wanted for s in stage.mix}
+        check_sources(given["world"], drawn - set(means.data))
     return Pipeline([pipeline.nodes[n] for n in wanted], folder, given=given)
 
 
@@ -234,6 +236,14 @@ def check_given(a: argparse.Namespace) -> None:
         if folder is not None and not (folder / mark).is_file():
             what = "a world (mm data make-world makes one)" if name == "world" else "a Hugging Face folder"
             raise UserError(f"--{name} {folder} is not {what}: it holds no {mark}")
+
+
+def check_sources(world: Path, wanted: set[str]) -> None:
+    """Raises UserError where sources that the stages draw from are neither folders nor in the given world."""
+    places = {name: (Path(name), world / "sources" / name) for name in wanted}
+    if lacking := sorted(n for n, at in places.items() if not any((p / "source.json").exists() for p in at)):
+        raise UserError(f"--world {world} has no source {', '.join(lacking)}; it may be of another version (this is "
+                        f"{VERSION}): `mm data make-world` makes one; or give --data {lacking[0]}=FOLDER")  # fmt: skip
 
 
 def _pairs(settings: list[str]) -> dict[str, Path]:

@@ -100,9 +100,22 @@ def test_long_runs_practise_before_stage_3(mm, model, world, tmp_path):
         graphs[scale] = {n: nodes[n].inputs[0] for n in ("s3_anneal_image", "s3_anneal_video")}
         assert ("s2_practice" in nodes) == (scale == 2)
     assert set(graphs[1].values()) == {"s2_multitask"} and set(graphs[2].values()) == {"s2_practice"}
+    for scale, start in ((1, "s2_multitask"), (2, "s2_practice")):  # one of them by itself goes on from the same
+        assert f"'{start}'" in mm("show", "keye.s3_anneal_video", "--scale", scale)[1]
     code, said = mm("run", "keye.s2_practice", "--from", model, "--world", world, "--out", tmp_path / "run",
                     "--ranks", 1, "--workers", 0, "--set", "budget.steps=2")  # fmt: skip
     assert code == 0 and "2/2 100%" in said and (tmp_path / "run/s2_practice/model/config.json").exists(), said
+
+
+def test_a_world_that_lacks_what_a_stage_draws_from(mm, world, tmp_path):
+    """As one of an older version does: said before anything is made."""
+    old = tmp_path / "old"
+    shutil.copytree(world, old)
+    shutil.rmtree(old / "sources" / "video_qa")
+    code, said = mm("run", "keye", "--to", "s3", "--world", old, "--out", tmp_path / "run")
+    assert code == 2 and "has no source video_qa; it may be of another version" in said, said
+    assert not (tmp_path / "run").exists()
+    graph(cli._parse(["run", "keye", "--to", "s1", "--world", str(old)]), "cpu")  # nothing up to there draws from it
 
 
 def test_the_published_counts(mm):
