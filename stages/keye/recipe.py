@@ -243,7 +243,7 @@ def check_sources(world: Path, wanted: set[str]) -> None:
     places = {name: (Path(name), world / "sources" / name) for name in wanted}
     if lacking := sorted(n for n, at in places.items() if not any((p / "source.json").exists() for p in at)):
         raise UserError(f"--world {world} has no source {', '.join(lacking)}; it may be of another version (this is "
-                        f"{VERSION}): `mm data make-world` makes one; or give --data {lacking[0]}=FOLDER")  # fmt: skip
+                        f"{VERSION}): `mm data make-world` makes one; or give --data {lacking[0]}=DIR")  # fmt: skip
 
 
 def _pairs(settings: list[str]) -> dict[str, Path]:
