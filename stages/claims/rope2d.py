@@ -119,7 +119,8 @@ def learn(arm: str, items: list[Item], c: Config, seed: int, tick: Tick) -> tupl
     model.init_weights(seed)
     settings = Optim(name="muon", lr=c.lr, weight_decay=c.weight_decay, warmup_steps=min(20, c.steps // 4),
                      min_lr_ratio=0.02)  # fmt: skip
-    optimizer = optim.build(model, optim.select(model, {"*": 1.0}), {"*": 1.0}, settings)
+    dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+    optimizer = optim.build(model, optim.select(model, {"*": 1.0}), {"*": 1.0}, settings, dtype=dtype)
     scheduler, last = optim.scheduler(optimizer, settings, c.steps), []
     for batch in batches(items, c, seed):
         losses = loss_of(model, batch)

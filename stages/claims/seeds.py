@@ -22,6 +22,7 @@ import torch
 from mm.common.config import to_dict
 from mm.common.errors import UserError
 from mm.common.files import read_json, read_jsonl, write_json
+from mm.common.precision import settle
 from mm.common.progress import Progress
 from stages.claims.claim import Asked, Claim, Row, Tick
 from stages.engine.log import open_append, write_line
@@ -133,7 +134,7 @@ def _work(name: str, config: Any, seed: int, folder: Path) -> Row:
 
 
 def one_seed(claim: Claim, seed: int, folder: Path, tick: Tick) -> Row:
-    """The row of one seed, with its time."""
+    """The row of one seed, with its time and the precision of this machine."""
     threads, begun = torch.get_num_threads(), time.monotonic()
     torch.set_num_threads(1)
     try:
@@ -142,4 +143,5 @@ def one_seed(claim: Claim, seed: int, folder: Path, tick: Tick) -> Row:
         raise KeyboardInterrupt from e
     finally:
         torch.set_num_threads(threads)
-    return {"seed": seed, "seconds": round(time.monotonic() - begun, 1), **values}
+    precision = settle("auto", torch.device("cpu"))
+    return {"seed": seed, "seconds": round(time.monotonic() - begun, 1), "precision": precision, **values}

@@ -130,7 +130,7 @@ def memory(
         "weights (fp32)": _local(params, ranks), "gradients (fp32)": _local(trained, ranks),
         "optimizer": optimizer_bytes(stage, model, selection, ranks),
     }  # fmt: skip
-    width = 4 if stage.precision == "fp32" else 2  # every GPU in its list has bf16
+    width = 4 if stage.precision == "fp32" else 2  # auto: all GPUs of PEAKS have bf16
     if ranks > 1:
         found["gathered weights"] = gathered_bytes(model, width)
     found |= activations(model, pack, width, other=other)

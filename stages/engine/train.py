@@ -54,19 +54,19 @@ def train(
     """
     folder, device, steps = Path(folder), torch.device(device), stage.check().budget.steps
     write_config(stage, folder)
-    asked, stage = stage, replace(stage, precision=settle(stage.precision, device))
+    written, stage = stage, replace(stage, precision=settle(stage.precision, device))
     objective = objectives.make(stage.objective)
     selection, empty = optim.select(model, stage.train), shell(model)
     table = optim.table(model, selection, stage.train, stage.optim)
     model = parallelize(model, device=device, precision=stage.precision, sharding=stage.sharding).train()
     turns = [Turn(phase, model, selection, objective, stage) for phase in objective.phases]
-    saver = Checkpoints(folder / "checkpoints", asked, model, {t.phase: t.optimizer for t in turns}, warn=_warn)
+    saver = Checkpoints(folder / "checkpoints", written, model, {t.phase: t.optimizer for t in turns}, warn=_warn)
 
     position, begun = resume(saver, loader, turns), time.monotonic()
     start, counters = position["step"], position["counters"]
     log = Log(folder, stage, attempt=begin_attempt(folder, stage, step=start), start=start, quiet=quiet)
     draws = Draws(folder, log.attempt)
-    log.say(f"{stage.name} on {device.type}, {dist.world_size()} ranks, {stage.precision}")
+    log.say(f"{stage.name}: ranks {dist.world_size()}, device {device.type}, precision {stage.precision}")
     log.say(table if start == 0 else f"going on from step {start} of {steps} (attempt {log.attempt})")
     if start < steps:
         saver.save_frozen()

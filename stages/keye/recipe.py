@@ -36,7 +36,7 @@ from stages import launch
 from stages.engine import plan as planning
 from stages.environment import cores, device_of, environment
 from stages.keye import s0_vit, s1_align, s2_multitask, s2_practice, s3_anneal, text, words
-from stages.keye.run import Means, empty, run_stage, texts_of, train_tokenizer
+from stages.keye.run import Means, empty, place_of, run_stage, texts_of, train_tokenizer
 from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
 
@@ -140,7 +140,7 @@ def keye(a: argparse.Namespace, folder: Path, means: Means) -> Pipeline:
     wanted = pipeline.needed(["eval"] if "eval" in pipeline.nodes else [ENDS[a.to]])
     if "world" in given:
         drawn = {str(s.path) for stage in stages if stage.name.removeprefix("keye.") in wanted for s in stage.mix}
-        check_sources(given["world"], drawn - set(means.data))
+        check_sources(given["world"], drawn, means)
     return Pipeline([pipeline.nodes[n] for n in wanted], folder, given=given)
 
 
@@ -238,12 +238,12 @@ def check_given(a: argparse.Namespace) -> None:
             raise UserError(f"--{name} {folder} is not {what}: it holds no {mark}")
 
 
-def check_sources(world: Path, wanted: set[str]) -> None:
-    """Raises UserError where sources that the stages draw from are neither folders nor in the given world."""
-    places = {name: (Path(name), world / "sources" / name) for name in wanted}
-    if lacking := sorted(n for n, at in places.items() if not any((p / "source.json").exists() for p in at)):
+def check_sources(world: Path, wanted: set[str], means: Means) -> None:
+    """Raises UserError where sources that the stages draw from are neither given nor in the given world."""
+    means = replace(means, artifacts={"world": world})
+    if lacking := sorted(name for name in wanted if place_of(name, means) is None):
         raise UserError(f"--world {world} has no source {', '.join(lacking)}; it may be of another version (this is "
-                        f"{VERSION}): `mm data make-world` makes one; or give --data {lacking[0]}=DIR")  # fmt: skip
+                        f"{VERSION}); `mm data make-world` makes one, or give --data {lacking[0]}=DIR")  # fmt: skip
 
 
 def _pairs(settings: list[str]) -> dict[str, Path]:

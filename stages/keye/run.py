@@ -134,8 +134,15 @@ def lay_over(model: Keye | ContrastiveModel, folder: Path) -> None:
         raise UserError(f"{folder}: a {kind!r} checkpoint has no part in a {type(model).__name__}")
 
 
+def place_of(source: str, means: Means) -> Path | None:
+    """Its folder: given by the user, a folder of that path, or the world's."""
+    world = means.artifacts.get("world")
+    places = [means.data.get(source), Path(source), world / "sources" / source if world else None]
+    return next((p for p in places if p is not None and (p / "source.json").exists()), None)
+
+
 def sources(stage: Stage, means: Means) -> list[SourceSpec]:
-    """The stage's mix with every name resolved: given by the user, a folder of that path, or the world's."""
+    """The stage's mix with every name resolved by `place_of`."""
     unknown = set(means.data) - {str(s.path) for s in stage.mix}
     if unknown:
         name, known = min(unknown), [str(s.path) for s in stage.mix]
@@ -143,9 +150,7 @@ def sources(stage: Stage, means: Means) -> list[SourceSpec]:
     found = []
     for spec in stage.mix:
         name = str(spec.path)
-        world = means.artifacts.get("world")
-        places = [means.data.get(name), Path(name), world / "sources" / name if world else None]
-        place = next((p for p in places if p is not None and (p / "source.json").exists()), None)
+        place = place_of(name, means)
         if place is None:
             raise UserError(f"{stage.name}: source {name!r} is not here; give it with --data {name}=FOLDER")
         found.append(replace(spec, path=str(place)))

@@ -57,6 +57,6 @@ def stage(size: str) -> Stage:
         train={"*": 1.0, "vision_model.*": 0.2, "vision_model.head.*": 1.0} if size == "tiny" else {"*": 1.0},
         mix=[SourceSpec("vit_pairs", 1.0, "samples")],
         objective=ObjectiveSpec("contrastive"),
-        optim=OPTIM[size], budget=BUDGETS[size], precision="auto" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="auto",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

@@ -29,6 +29,6 @@ def stage(size: str) -> Stage:
         start=["text" if size == "tiny" else "qwen3", "s0_vit"],
         train={"mlp_AR.*": 1.0},
         mix=[SourceSpec("vit_pairs", 0.5), SourceSpec("caption", 0.3), SourceSpec("video_caption", 0.2)],
-        optim=OPTIM[size], budget=BUDGETS[size], precision="auto" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="auto",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

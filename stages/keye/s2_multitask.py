@@ -36,6 +36,6 @@ def stage(size: str) -> Stage:
         start=["s1_align"],
         train={"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
-        optim=OPTIM[size], budget=BUDGETS[size], precision="auto" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="auto",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

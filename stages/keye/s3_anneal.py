@@ -49,6 +49,6 @@ def stage(size: str, mixture: str = "image") -> Stage:
         start=["s2_multitask"],  # in long runs at tiny: s2_practice (stages/keye/recipe.py)
         train={"*": 1.0, "visual.*": 0.1},
         mix=[SourceSpec(name, share * weight) for share, kind in kinds for name, weight in kind.items()],
-        optim=OPTIM[size], budget=BUDGETS[size], precision="auto" if size == "tiny" else "bf16",
+        optim=OPTIM[size], budget=BUDGETS[size], precision="auto",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

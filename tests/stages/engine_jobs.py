@@ -29,12 +29,15 @@ from tests.stages import engine_toy as toy
 
 def run(folder: str, settings: str = "{}") -> None:
     """Train the toy stage. Settings: model, every (checkpoint), at (step -> what happens before it), slow (largest
-    sleep per step), recompute (activation checkpointing), and fields of the stage."""
+    sleep per step), recompute (activation checkpointing), bf16 (whether the machine has it), and fields of the
+    stage."""
     given = json.loads(settings)
     kind, at, slow = given.pop("model", "keye"), given.pop("at", {}), given.pop("slow", 0.0)
     recompute, make, fingerprint = given.pop("recompute", False), toy.pack, given.pop("fingerprint", "toy")
     saving = {"every_steps": given.pop("every", 4), "keep": 2, "asynchronous": given.pop("asynchronous", True)}
     given["checkpoint"] = Checkpoints(**saving)
+    if (able := given.pop("bf16", None)) is not None:
+        torch.cpu.get_capabilities = lambda: {"avx512_bf16": able}
     if kind == "contrastive":
         given["objective"] = ObjectiveSpec("contrastive")
         make = lambda p: toy.pairs(3 * p, 1 + p % 3)  # an unequal number of pairs in each micro-batch

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
+from mm.common import dist
 from mm.common.errors import UserError
 from mm.common.files import read_jsonl
 from mm.common.precision import settle
+from stages import objectives
+from stages.engine import optim
+from stages.engine.train import Turn
 from stages.objectives import Words
+from stages.stage import Optim
 from tests.stages import engine_launch as launch
+from tests.stages import engine_toy as toy
 
 
 def gradients(folder, ranks, model, splits, **settings):
@@ -125,18 +131,32 @@ def test_bf16_is_near_fp32_on_one_and_two_ranks(tmp_path):
         assert found["bf16", ranks] == pytest.approx(found["fp32", 1], abs=0.02)
 
 
-def test_auto_precision_is_what_every_rank_has(tmp_path, monkeypatch):
-    """bf16 where the machine has it, fp32 elsewhere; written down; and a run may go on where it is otherwise."""
+def test_auto_precision_is_what_every_rank_has(monkeypatch):
+    cpu = torch.device("cpu")
     for able, name in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able, "avx2": True})
-        assert settle("auto", torch.device("cpu")) == name
-        assert settle("fp32", torch.device("cpu")) == "fp32" and settle("bf16", torch.device("cpu")) == "bf16"
-    monkeypatch.undo()
-    here = settle("auto", torch.device("cpu"))
-    losses = {}
-    for precision in ("auto", here):
-        folder = tmp_path / precision
-        launch.run("run", folder, precision=precision, steps=4, ranks=2)
-        losses[precision] = launch.losses(folder)
-        assert [row["precision"] for row in read_jsonl(folder / "attempts.jsonl")] == [here]
-    assert losses["auto"] == losses[here]
+        assert [settle(p, cpu) for p in ("auto", "fp32", "bf16")] == [name, "fp32", "bf16"]
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, True])
+    assert settle("auto", cpu) == "fp32"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_in_auto_precision_goes_on_where_it_is_another(tmp_path, optimizer):
+    """Two ranks of a machine with bf16, stopped, then four of one without: written down, and near the run in fp32
+    alone."""
+    settings = {"optimizer": optimizer, "steps": 6, "every": 2, "precision": "auto"}
+    launch.run("run", tmp_path / "both", ranks=2, bf16=True, at={"4": "term"}, **settings)
+    launch.run("run", tmp_path / "both", ranks=4, bf16=False, **settings)
+    launch.run("run", tmp_path / "alone", ranks=1, bf16=False, **settings)
+    attempts = read_jsonl(tmp_path / "both" / "attempts.jsonl")
+    assert [(row["ranks"], row["precision"]) for row in attempts] == [(2, "bf16"), (4, "fp32")]
+    losses = launch.losses(tmp_path / "both")
+    assert len(losses) == 6 and losses == pytest.approx(launch.losses(tmp_path / "alone"), abs=0.05)
+    assert losses[0] != launch.losses(tmp_path / "alone")[0]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_muon_multiplies_as_the_stage_does(precision, dtype):
+    stage, model = toy.stage(optim=Optim(name="muon"), precision=precision), toy.keye()
+    turn = Turn("main", model, optim.select(model, stage.train), objectives.make(stage.objective), stage)
+    assert turn.optimizer.parts[0].dtype == dtype

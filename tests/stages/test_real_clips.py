@@ -43,7 +43,7 @@ def test_sixteen_real_clips_are_learned_by_heart(shared_data, tmp_path, one_thre
         mix=[SourceSpec("clips", 1.0, "samples")],
         optim=Optim(name="muon", lr=3e-3, weight_decay=0.0, schedule="wsd", warmup_steps=8, decay_share=0.5,
                     min_lr_ratio=0.02),
-        budget=Budget(tokens=2048, visual_tokens=1792, packs_per_step=1, steps=STEPS), precision="bf16",
+        budget=Budget(tokens=2048, visual_tokens=1792, packs_per_step=1, steps=STEPS), precision="auto",
         checkpoint=Checkpoints(every_steps=0),
     )  # fmt: skip
     tokenizer = train_tokenizer(texts_of([tmp_path / "clips"]), tmp_path / "tokenizer")
