@@ -71,5 +71,5 @@ def only_media(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair_ids(sample: dict[str, Any], tokenizer: Any, max_text: int) -> list[int]:
-    """Ids of the caption, cut to `max_text` with the end mark."""
-    return [*tokenizer.encode(caption_of(sample))[: max_text - 1], tokenizer.id("<|im_end|>")]
+    """Ids of the caption, as `Tokenizer.caption` makes them."""
+    return tokenizer.caption(caption_of(sample), max_text)

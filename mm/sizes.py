@@ -18,10 +18,11 @@ TINY = KeyeConfig(
     image_token_id=2025, video_token_id=2026,
 )  # fmt: skip
 
-# One GPU, hours: a tower of SigLIP-base's width at patch 14, and Qwen3-0.6B.
+# One GPU, hours: SigLIP-base-patch16-384 and Qwen3-0.6B.
 SMALL = KeyeConfig(
     vision=VisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=384
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16,
+        image_size=384,
     ),
     decoder=DecoderConfig(
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
@@ -48,7 +49,7 @@ PROCESSORS: dict[str, Processor] = {
         image_max_tokens=25, video_max_frames=8, frame_min_tokens=4, frame_max_tokens=25, video_max_tokens=200
     ),
     "small": Processor(
-        image_max_tokens=1280, video_max_frames=64, frame_min_tokens=16, frame_max_tokens=256,
+        patch_size=16, image_max_tokens=1280, video_max_frames=64, frame_min_tokens=16, frame_max_tokens=256,
         video_max_tokens=4096,
     ),
     "8b": Processor(),

@@ -24,6 +24,7 @@ SPECIAL_TOKENS = (
     "<|ocr_text_end|>", "<|clip_time_start|>", "<|clip_time_end|>", "<|frame|>", "<|fast_start|>",
     "<|fast_end|>",
 )  # fmt: skip
+SIGLIP_END = "</s>"  # SigLIP's tokenizer ends a caption with it, and fills up the rest of the tower's places
 # They shape a conversation: hidden when decoding, never taken from a text.
 CONTROL = frozenset({
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -60,13 +61,15 @@ class Tokenizer:
 
     Args:
         bpe: the `tokenizers` object for plain text, without added tokens.
-        special: name -> id of the special tokens; those of `SPECIAL_TOKENS` that are missing get the next ids.
+        special: name -> id of the special tokens; those of `SPECIAL_TOKENS` that are missing get the next ids, unless
+            it is SigLIP's: that has an end mark of its own, none of them, and a text tower without room for more.
     """
 
     def __init__(self, bpe: Bpe, special: dict[str, int] | None = None):
         self._bpe, self.special = bpe, dict(special or {})
         self._text_size = max(bpe.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-        for name in SPECIAL_TOKENS:
+        self._siglip = SIGLIP_END in self.special and not self.special.keys() & set(SPECIAL_TOKENS)
+        for name in SPECIAL_TOKENS if not self._siglip else ():
             if name not in self.special:
                 self.special[name] = self.vocab_size
         self._names = {i: name for name, i in self.special.items()}
@@ -104,6 +107,14 @@ class Tokenizer:
             elif piece:
                 ids.extend(self._bpe.encode(piece).ids)
         return ids
+
+    def caption(self, text: str, length: int) -> list[int]:
+        """Ids for a text tower, cut to `length` with the end mark. SigLIP's has learned to read the last of all its
+        places (64, padded to the end): so with its own tokenizer there are always `length`."""
+        ids = self.encode(text)[: length - 1]
+        if self._siglip:
+            return ids + [self.id(SIGLIP_END)] * (length - len(ids))
+        return [*ids, self.id("<|im_end|>")]
 
     def encode_special(self, text: str) -> list[int]:
         """Ids of our own templates: every special token's name becomes that token. Never for text of users."""

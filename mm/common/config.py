@@ -50,6 +50,7 @@ def override(config: Any, settings: list[str]) -> Any:
 
     Raises UserError for an unknown key (naming the nearest), a missing '=' or a value of the wrong type.
     """
+    changes: list[Change] = []
     for setting in settings:
         key, eq, text = setting.partition("=")
         if not eq:
@@ -58,26 +59,45 @@ def override(config: Any, settings: list[str]) -> Any:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"--set {setting}: the value cannot be read as YAML; put it in quotes") from None
-        config = _set(config, key.strip().split("."), value, setting)
-    return config
+        changes.append((key.strip().split("."), value, setting))
+    return _changed(config, changes)
 
 
-def _set(config: Any, path: list[str], value: Any, setting: str) -> Any:
-    head, rest = path[0], path[1:]
+Change = tuple[list[str], Any, str]  # path, value, the setting as it was typed
+
+
+def _changed(config: Any, changes: list[Change]) -> Any:
+    """All at once, so that numbers that only fit each other (a width, its heads) can be changed together."""
+    if not changes:
+        return config
+    below: dict[str, list[Change]] = {}
+    new: dict[str, Any] = {}
+    for path, value, setting in changes:
+        head, rest = path[0], path[1:]
+        hint = _hint(config, head, setting)
+        if rest:
+            below.setdefault(head, []).append((rest, value, setting))
+        else:
+            new[head] = value if hint is None else _cast(hint, value, setting)
+            below.pop(head, None)  # what was set below it before
+    for head, deeper in below.items():
+        old = config[head] if isinstance(config, dict) else getattr(config, head)
+        new[head] = _changed(new.get(head, old), deeper)
+    return {**config, **new} if isinstance(config, dict) else dataclasses.replace(config, **new)
+
+
+def _hint(config: Any, head: str, setting: str) -> Any:
+    """The type of a field, None in a dict. Raises UserError for one that is not there."""
     if isinstance(config, dict):
         if head not in config:
             raise UserError(f"--set {setting}: {head!r} is not known{nearest(head, config)}")
-        return {**config, head: _set(config[head], rest, value, setting) if rest else value}
+        return None
     if not dataclasses.is_dataclass(config):
         raise UserError(f"--set {setting}: there is nothing below {head!r}")
     names = [f.name for f in dataclasses.fields(config)]
     if head not in names:
         raise UserError(f"--set {setting}: {head!r} is not known{nearest(head, names)}")
-    if rest:
-        new = _set(getattr(config, head), rest, value, setting)
-    else:
-        new = _cast(typing.get_type_hints(type(config))[head], value, setting)
-    return dataclasses.replace(config, **{head: new})  # type: ignore[type-var]
+    return typing.get_type_hints(type(config))[head]
 
 
 def _cast(hint: Any, value: Any, setting: str) -> Any:
