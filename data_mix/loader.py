@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Loader:
         deadline: seconds one picture or clip may take to decode.
         prefetch: steps that are made ahead.
         max_bad: share of the last 1000 samples that may be bad; beyond it the run stops.
+        on_bad: told the name and the reason of each bad sample when its step is handed out.
     Raises UserError where packs_per_step does not divide by ranks; while iterating, where too many are bad.
     Close it, or use it as a context manager: then neither thread nor process is left.
     """
@@ -62,13 +63,14 @@ class Loader:
         self, plan: PackPlan, *, packs_per_step: int, rank: int = 0, ranks: int = 1, position: int = 0,
         workers: int = 1, cache_dir: str | Path | None = None, cache_bytes: int = 20 << 30,
         deadline: float = 20.0, prefetch: int = 2, max_bad: float = 0.05,
+        on_bad: Callable[[str, str], None] = lambda name, reason: None,
     ):  # fmt: skip
         if packs_per_step < 1 or packs_per_step % ranks:
             above = max(-(-packs_per_step // ranks), 1) * ranks
             raise UserError(f"packs_per_step={packs_per_step} does not divide by {ranks} ranks; use {above}")
         self.plan, self.rank, self.ranks, self.packs_per_step = plan, rank, ranks, packs_per_step
         self.position, self.prefetch, self.max_bad = position, max(prefetch, 1), max_bad
-        self.stats = LoaderStats()
+        self.stats, self.on_bad = LoaderStats(), on_bad
         cache = FrameCache(cache_dir, max_bytes=cache_bytes) if cache_dir else None
         self._pool = DecodePool(plan.processor, workers=workers, deadline=deadline, cache=cache)
         self._assembler = Assembler(plan, self._pool)
@@ -134,6 +136,7 @@ class Loader:
             self.stats.samples += 1
             self._recent.append(bool(reason))
             if reason:
+                self.on_bad(name, reason)
                 self.stats.bad[reason] += 1
                 names = self.stats.examples.setdefault(reason, [])
                 if len(names) < NAMED:
@@ -142,7 +145,7 @@ class Loader:
             raise UserError(
                 f"{sum(self._recent)} of the last {len(self._recent)} samples are bad (at most "
                 f"{self.max_bad:.0%} of {RECENT} may be): {self.stats.summary()}. Run `mm data lint` on the "
-                "sources, or raise max_bad"
+                "sources, or raise data.max_bad"
             )
 
     # ---- the thread's side

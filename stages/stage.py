@@ -14,7 +14,7 @@ from mm.common.errors import UserError
 from mm.common.precision import Precision
 
 # What a person may change between two starts of one run without making it another run.
-FREE = ("doc", "log", "checkpoint", "expect")
+FREE = ("doc", "data", "log", "checkpoint", "expect")
 
 
 class Stopped(Exception):
@@ -75,6 +75,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """`deadline`: seconds one picture or clip may take to decode. `max_bad`: share of the last 1000 samples that may
+    be bad; beyond it the run stops."""
+
+    deadline: float = 20.0
+    max_bad: float = 0.05
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """A checkpoint every `every_steps` steps (0: only at the end and when stopped); the newest `keep` stay."""
 
@@ -120,6 +129,7 @@ class Stage:
     budget: Budget = field(default_factory=Budget)
     precision: Precision = "fp32"
     sharding: Literal["full", "replicate"] = "full"
+    data: Reading = field(default_factory=Reading)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
     expect: dict[str, float] = field(default_factory=dict)
@@ -131,6 +141,7 @@ class Stage:
         _positive(self.optim, "optim", "lr", "grad_clip", "eps")
         _positive(self.checkpoint, "checkpoint", "keep")
         _positive(self.log, "log", "every_steps")
+        _positive(self.data, "data", "deadline")
         if self.checkpoint.every_steps < 0:
             raise UserError(f"{self.name}: checkpoint.every_steps={self.checkpoint.every_steps}; 0 or more")
         for key in ("min_lr_ratio", "decay_share"):

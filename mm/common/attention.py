@@ -43,6 +43,11 @@ def resolve(backend: str) -> str:
     return "flash" if have else "sdpa"
 
 
+def kernel(backend: str, *, half: bool) -> str:
+    """What `varlen_attention` computes with on the device there is: "flash" or "sdpa"; `half`: in bf16 or fp16."""
+    return "flash" if resolve(backend) == "flash" and (backend == "flash" or half) else "sdpa"
+
+
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments | torch.Tensor, *,
     causal: bool, scale: float | None = None, backend: str = "sdpa",
@@ -57,8 +62,7 @@ def varlen_attention(
     Returns: [N, heads, dim] in q's dtype.
     """
     where = segments if isinstance(segments, Segments) else Segments.of(segments)
-    flash = resolve(backend) == "flash"
-    if flash and (backend == "flash" or (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16))):
+    if kernel(backend, half=q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)) == "flash":
         from flash_attn import flash_attn_varlen_func
 
         cu, longest = where.cu_seqlens, where.longest

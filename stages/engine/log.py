@@ -23,6 +23,12 @@ PEAKS = {
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
 
+# Its memory in GB, by the same piece; the larger one where there are two.
+MEMORY = {
+    "H200": 141, "H100": 80, "H800": 80, "H20": 96, "B200": 192, "A100": 80, "A800": 80, "L40S": 48, "L4": 24,
+    "A10": 24, "4090": 24, "3090": 24,
+}  # fmt: skip
+
 
 def peak(device: torch.device) -> float | None:
     """Peak FLOP/s of this device, or None where it is not known (no utilisation is printed then)."""

@@ -16,7 +16,7 @@ from mm.parallelize import blocks
 from stages import objectives
 from stages.engine import optim
 from stages.engine.flops import module_of
-from stages.engine.log import PEAKS
+from stages.engine.log import MEMORY, PEAKS
 from stages.stage import Stage
 
 HEAD_CHUNK = 1024  # rows of logits held at once (mm.keye.token_logprobs)
@@ -227,6 +227,13 @@ def table(p: Plan) -> Group:
         room.add_row(name, f"{size / GB:.3f}")
     room.add_row("all", f"{p.memory_total / GB:.3f}", style="bold")
     room.add_row("all, were activation checkpointing the other way", f"{p.memory_other / GB:.3f}", style="dim")
+    has = MEMORY.get(p.device)
+    if has is not None:
+        fits = p.memory_total / GB <= has
+        room.add_row(f"one {p.device} has", f"{has}", style="" if fits else "bold red")
+        if not fits:
+            room.caption = ("does not fit: lower budget.tokens and budget.visual_tokens, take more GPUs, or turn "
+                            "activation_checkpointing on")  # fmt: skip
     store = Table(title="disk")
     store.add_column("what")
     store.add_column("GB", justify="right")

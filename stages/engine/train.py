@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mm.common import dist
+from mm.common import attention, dist
 from mm.common.config import to_dict
 from mm.common.errors import UserError
 from mm.common.files import read_json, write_json
@@ -66,7 +66,8 @@ def train(
     start, counters = position["step"], position["counters"]
     log = Log(folder, stage, attempt=begin_attempt(folder, stage, step=start), start=start, quiet=quiet)
     draws = Draws(folder, log.attempt)
-    log.say(f"{stage.name}: ranks {dist.world_size()}, device {device.type}, precision {stage.precision}")
+    log.say(f"{stage.name}: ranks {dist.world_size()}, device {device.type}, precision {stage.precision}, "
+            f"attention {attention_of(model, stage)}")  # fmt: skip
     log.say(table if start == 0 else f"going on from step {start} of {steps} (attempt {log.attempt})")
     if start < steps:
         saver.save_frozen()
@@ -116,6 +117,13 @@ def train(
     log.close()
     draws.close()
     return folder / "model"
+
+
+def attention_of(model: nn.Module, stage: Stage) -> str:
+    """What the model's towers and decoder compute attention with here."""
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    backends = {c.attention for c in configs if hasattr(c, "attention")}
+    return ", ".join(sorted({attention.kernel(b, half=stage.precision == "bf16") for b in backends})) or "none"
 
 
 class Turn:

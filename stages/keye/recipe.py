@@ -183,6 +183,9 @@ def run(a: argparse.Namespace) -> int:
 def graph(a: argparse.Namespace, device: str) -> Pipeline:
     """What `mm run` is to make."""
     check_given(a)
+    if a.what == "keye" and a.source is not None:
+        raise UserError(f"--from {a.source} is for one stage; a whole pipeline goes on in its own --out RUN, and is "
+                        "given a world, a decoder or a tower by --world, --qwen3, --siglip")  # fmt: skip
     out = a.out or Path("runs") / a.what.replace(".", "-")
     means = Means({}, _pairs(a.data), cache=out / "cache", workers=a.workers, device=device, quiet=a.quiet)
     return keye(a, out, means) if a.what == "keye" else single(a, out, means)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from mm import formats
 from mm.common import dist
 from mm.common.config import nearest
 from mm.common.errors import UserError
-from mm.common.files import atomic_folder, read_json, write_json
+from mm.common.files import atomic_folder, read_json, read_jsonl, write_json
 from mm.keye import Keye, KeyeConfig
 from mm.processor import Processor
 from mm.sizes import PROCESSORS
 from mm.template import DEFAULT_SYSTEM
 from mm.tokenizer import ANSWER, Tokenizer
 from stages import objectives
+from stages.engine.log import open_append, write_line
 from stages.engine.train import train
 from stages.stage import Stage
 from vision.text_tower import ContrastiveModel, TextTower
@@ -157,21 +158,26 @@ def sources(stage: Stage, means: Means) -> list[SourceSpec]:
     return found
 
 
-def load_data(stage: Stage, tokenizer: Tokenizer, processor: Processor, means: Means) -> Loader:
+def load_data(
+    stage: Stage, tokenizer: Tokenizer, processor: Processor, means: Means,
+    on_bad: Callable[[str, str], None] = lambda name, reason: None,
+) -> Loader:  # fmt: skip
     plan = PackPlan(
         Mix(sources(stage, means), stage.seed), processor, tokenizer, stage.budget.tokens, stage.budget.visual_tokens,
         stage.seed, kind=objectives.make(stage.objective).kind, alike=stage.budget.packs_per_step,
     )  # fmt: skip
     return Loader(
         plan, packs_per_step=stage.budget.packs_per_step, rank=dist.rank(), ranks=dist.world_size(),
-        workers=means.workers, cache_dir=means.cache,
+        workers=means.workers, cache_dir=means.cache, deadline=stage.data.deadline, max_bad=stage.data.max_bad,
+        on_bad=on_bad,
     )  # fmt: skip
 
 
 def run_stage(stage: Stage, folder: Path, means: Means) -> Path:
     """Train `stage` in `folder`; returns the folder of the model it hands on. Raises as the engine does.
 
-    `folder`/skipped.json counts, by reason, the samples that were never drawn or gave no data.
+    `folder`/skipped-rank*.jsonl names each sample that gave no data when it was drawn; skipped.json counts those of
+    all attempts, and the samples that could never be drawn, by reason.
     """
     tokenizer, processor = tokenizer_of(stage, means), PROCESSORS[stage.size]
     model = build(stage, tokenizer, means)
@@ -179,12 +185,23 @@ def run_stage(stage: Stage, folder: Path, means: Means) -> Path:
     def hand_on(where: Path, whole: Any) -> None:
         formats.save(where, whole, processor, tokenizer)
 
-    with load_data(stage, tokenizer, processor, means) as loader:
+    named = open_append(folder / f"skipped-rank{dist.rank()}.jsonl")
+
+    def on_bad(name: str, reason: str) -> None:
+        write_line(named, {"sample": name, "reason": reason})
+
+    with named, load_data(stage, tokenizer, processor, means, on_bad) as loader:
         made = train(
             stage, folder, model=model, loader=loader, hand_on=hand_on, device=means.device, quiet=means.quiet
         )
-        bad = sum((Counter(c) for c in dist.gather_objects(dict(loader.stats.bad))), Counter[str]())
-        bad.update(b.reason for b in loader.plan.refused)
+        never = Counter(b.reason for b in loader.plan.refused)
+    dist.barrier()
     if dist.is_main():
-        write_json(folder / "skipped.json", dict(bad))
+        write_json(folder / "skipped.json", dict(never + skipped(folder)))
     return made
+
+
+def skipped(folder: Path) -> Counter[str]:
+    """Reason -> samples that gave no data; one that was drawn again after an interruption counts once."""
+    rows = [row for path in sorted(folder.glob("skipped-rank*.jsonl")) for row in read_jsonl(path)]
+    return Counter({row["sample"]: row["reason"] for row in rows}.values())

@@ -38,6 +38,16 @@ class Outer:
     train: dict = field(default_factory=lambda: {"visual.*": 1.0})
 
 
+@dataclass(frozen=True)
+class Pair:
+    width: int = 8
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError("heads do not fit the width")
+
+
 def test_streams_are_stable_and_independent():
     assert derive(0, "motion", 3) == 7964518731097404220
     assert derive(0, "a", 1) != derive(0, "a", "1") != derive(1, "a", "1")
@@ -47,6 +57,8 @@ def test_streams_are_stable_and_independent():
 def test_overrides_reach_in_and_name_the_nearest():
     new = override(Outer(), ["optim.lr=1e-4", "steps=3", "optim.betas=[0.8, 0.9]"])
     assert (new.optim.lr, new.steps, new.optim.betas) == (1e-4, 3, (0.8, 0.9))
+    pair = override(Pair(), ["heads=3", "width=6"])  # each alone would not fit the other as it was
+    assert (pair.width, pair.heads) == (6, 3) and override(Pair(), ["width=6", "heads=3"]) == pair
     with pytest.raises(UserError, match="did you mean 'lr'"):
         override(Outer(), ["optim.lrr=1"])
     with pytest.raises(UserError, match="wanted"):

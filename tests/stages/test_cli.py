@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_mix.shards import ShardWriter, Source
 from data_mix.world.make import make_world
 from mm import formats
+from mm.common.files import read_json, read_jsonl
 from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
@@ -107,6 +109,48 @@ def test_long_runs_practise_before_stage_3(mm, model, world, tmp_path):
     assert code == 0 and "2/2 100%" in said and (tmp_path / "run/s2_practice/model/config.json").exists(), said
 
 
+def test_the_plan_says_what_does_not_fit(mm):
+    for name, fits in (("s2_multitask", True), ("s3_anneal_image", False)):
+        said = mm("plan", f"keye.{name}", "--size", "8b", "--gpus", 64)[1]
+        assert "one H100 has" in said and ("does not fit" not in said) == fits
+
+
+def test_the_commands_of_the_launch_page_name_sources_that_there_are():
+    page = (Path(__file__).parents[2] / "docs/launch.md").read_text(encoding="utf-8")
+    shown = [block.split("```")[0].replace("\\\n", "") for block in page.split("```bash\n")[1:]]
+    found = 0
+    for words in (line.split() for block in shown for line in block.splitlines() if " run keye." in line):
+        stage = STAGES[next(w for w in words if w.startswith("keye."))]("8b")
+        named = {words[i + 1].split("=")[0] for i, w in enumerate(words) if w == "--data"}
+        known = {str(s.path) for s in stage.mix}
+        assert named == known or (named - {"..."} <= known and "..." in named), (named, known)
+        found += 1
+    assert found >= 2
+
+
+def test_samples_that_give_no_data_are_named(mm, model, world, tmp_path):
+    """As they are met, one line each, over two starts of one run; and counted in the end."""
+    broken = tmp_path / "broken"
+    pairs = Source(world / "sources" / "vit_pairs")
+    with ShardWriter(broken, "vit_pairs") as out:
+        for i in range(len(pairs)):
+            at = pairs.locate(i, "0.jpg")
+            jpg = Path(at.path).read_bytes()[at.offset : at.offset + (at.size // 2 if i % 2 else at.size)]
+            out.write(f"pair-{i}", pairs.sample(i), {"0.jpg": jpg})
+    run = tmp_path / "run" / "s1_align"
+    command = ["run", "keye.s1_align", "--from", model, "--world", world, "--out", run.parent, "--ranks", 1,
+               "--workers", 0, "--data", f"vit_pairs={broken}", "--set", "budget.steps=3"]  # fmt: skip
+    code, said = mm(*command, "--set", "data.max_bad=0.0")
+    assert code == 2 and "samples are bad" in said and "raise data.max_bad" in said, said
+    first = read_jsonl(run / "skipped-rank0.jsonl")
+    assert first and all("pair-" in row["sample"] and row["reason"] for row in first)
+    code, said = mm(*command, "--set", "data.max_bad=1.0")
+    assert code == 0 and "attention sdpa" in said, said
+    rows = read_jsonl(run / "skipped-rank0.jsonl")
+    assert rows[: len(first)] == first and len(rows) > len(first)
+    assert sum(read_json(run / "skipped.json").values()) == len({row["sample"] for row in rows})
+
+
 def test_a_world_that_lacks_what_a_stage_draws_from(mm, world, tmp_path):
     """As one of an older version does: said before anything is made."""
     old = tmp_path / "old"
@@ -153,6 +197,8 @@ MISTAKES = [
     ("run keye --data vqq=x", "--data vqq: no stage has such a source; did you mean 'vqa'"),
     ("run keye --set text.optim.lrr=1", "did you mean 'lr'"),
     ("run keye --size 8b", "--qwen3 FOLDER and --siglip FOLDER"),
+    ("run keye --from nowhere", "--from nowhere is for one stage"),
+    ("run keye.text --set data.deadline=0", "data.deadline=0.0 must be above 0"),
     ("run keye --world nowhere", "--world nowhere is not a world"),
     ("run keye --size 8b --qwen3 nowhere --siglip nowhere", "--qwen3 nowhere is not a Hugging Face folder"),
     ("run keye.s2_multitask --from nowhere", "nowhere has not made 's1_align'"),
