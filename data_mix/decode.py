@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -38,6 +39,14 @@ class Job:
     shape: tuple[int, int, int]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A file that nobody has indexed, to decode as the processor sees fit. `kind`: image or video."""
+
+    path: str
+    kind: str
+
+
 def decode(job: Job, processor: Any) -> tuple[np.ndarray, str]:
     """The job's frames, uint8 [T, H, W, 3], and the SHA-1 of its bytes.
 
@@ -47,15 +56,20 @@ def decode(job: Job, processor: Any) -> tuple[np.ndarray, str]:
     sha1 = hashlib.sha1(data).hexdigest()
     if job.location.sha1 not in ("", sha1):
         raise BadSample("the media's bytes have changed since they were indexed")
+    frames, _ = _opened(data, job.kind, processor)
+    if frames.shape[:3] != job.shape:
+        raise BadSample("the decoded frames differ from the header's size or count")
+    return frames, sha1
+
+
+def _opened(src: bytes | str, kind: str, processor: Any) -> tuple[np.ndarray, Any]:
+    """Frames, and the plan of a clip. Raises BadSample, whatever the decoder raises."""
     try:
-        frames = processor.load_image(data) if job.kind == "image" else processor.load_video(data)[0]
+        return (processor.load_image(src), None) if kind == "image" else processor.load_video(src)
     except BadSample:
         raise
     except Exception as e:
         raise BadSample(f"decoder error: {type(e).__name__}") from e
-    if frames.shape[:3] != job.shape:
-        raise BadSample("the decoded frames differ from the header's size or count")
-    return frames, sha1
 
 
 def decode_here(job: Job, processor: Any, cache: FrameCache | None) -> np.ndarray:
@@ -140,6 +154,19 @@ class DecodePool:
         self.close()
 
 
+class Apart:
+    """Decodes whole files in a process of its own, one at a time: what hangs or crashes there is one BadSample. The
+    process starts with the first file and ends with `close`, or with this object."""
+
+    def __init__(self, processor: Any, deadline: float = 60.0):
+        self.worker, self.deadline = _Worker(processor, None), deadline
+        self.close = weakref.finalize(self, self.worker.close)
+
+    def load(self, path: Path, kind: str) -> tuple[np.ndarray, Any]:
+        """(uint8 [T, H, W, 3], the video plan or None). Raises BadSample."""
+        return self.worker.run(Whole(str(path), kind), self.deadline)
+
+
 def _settle(future: Future, work: Any) -> None:
     try:
         future.set_result(work())
@@ -155,7 +182,8 @@ class _Worker:
         self.process: subprocess.Popen | None = None
         self._closed, self._lock = False, threading.Lock()
 
-    def run(self, job: Job, deadline: float) -> np.ndarray:
+    def run(self, job: Job | Whole, deadline: float) -> Any:
+        """Frames of a Job, frames and plan of a Whole. Raises BadSample."""
         try:
             self._start()
             self._pipe.send(job)
@@ -167,10 +195,12 @@ class _Worker:
             self.kill()
             raise BadSample("the decoder crashed") from e
 
-    def _receive(self, job: Job) -> np.ndarray:
+    def _receive(self, job: Job | Whole) -> Any:
         kind, value = self._pipe.recv()
         if kind == "bad":
             raise BadSample(value)
+        if isinstance(job, Whole):
+            return value
         if kind == "raw":  # not cached: the bytes follow
             if self.cache:
                 self.cache.stop(value)
@@ -254,8 +284,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _answer(pipe: Connection, job: Job, processor: Any, cache: FrameCache | None) -> None:
+def _answer(pipe: Connection, job: Job | Whole, processor: Any, cache: FrameCache | None) -> None:
     try:
+        if isinstance(job, Whole):
+            pipe.send(("whole", _opened(job.path, job.kind, processor)))
+            return
         frames, sha1 = decode(job, processor)
     except BadSample as e:
         pipe.send(("bad", e.reason))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_mix.decode import Apart
 from eval.task import media_parts
 from mm import formats, generate, prompt
 from mm.common.errors import BadSample, UserError
@@ -16,10 +17,11 @@ from mm.keye import Keye
 
 
 class Media:
-    """Frames as the processor makes them; the last few clips stay decoded, several questions ask about each."""
+    """Frames as the processor makes them, decoded apart; the last few clips stay decoded, several questions ask about
+    each."""
 
-    def __init__(self, processor: Any, keep: int = 48):
-        self.processor, self.keep = processor, keep
+    def __init__(self, processor: Any, keep: int = 48, deadline: float = 60.0):
+        self.decoder, self.keep = Apart(processor, deadline), keep
         self._frames: OrderedDict[str, tuple[np.ndarray, Any]] = OrderedDict()
 
     def load(self, root: Path, part: dict) -> tuple[np.ndarray, Any]:
@@ -42,9 +44,7 @@ class Media:
         if not path.is_file():
             raise BadSample("media file is missing", key=name)
         try:
-            if kind == "image":
-                return self.processor.load_image(path), None
-            return self.processor.load_video(path)
+            return self.decoder.load(path, kind)
         except BadSample as e:
             raise BadSample(e.reason, shard=e.shard, key=name) from e
 

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from data_mix.decode import DecodePool, Job
+from data_mix.decode import Apart, DecodePool, Job
 from data_mix.frame_cache import FrameCache
 from data_mix.shards import Location
 from mm.common.errors import BadSample, UserError
@@ -46,6 +46,30 @@ def test_a_hang_and_a_crash_cost_one_sample_each(tricky, job):
     assert reasons == ["", "decoding took longer than 1.5 s", "", "the decoder crashed", "damaged image",
                        "decoder error: ZeroDivisionError", ""]  # fmt: skip
     assert np.array_equal(futures[6].result(), tricky.load_image(fine(3)))
+    assert not psutil.Process().children()
+
+
+def test_whole_files_apart(tricky, tmp_path):
+    """What evaluation and chat open: a hang, a crash and a file that is no picture are a BadSample each; nothing is
+    left afterwards."""
+    files = {
+        "hangs": picture(0, HANGS), "fine": fine(1), "crashes": picture(0, CRASHES), "breaks": picture(0, BREAKS),
+        "text": b"no picture", "clip": clip(),
+    }  # fmt: skip
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    apart, reasons = Apart(tricky, deadline=1.5), {}
+    frames, plan = apart.load(tmp_path / "clip", "video")
+    want, same = tricky.load_video(files["clip"])
+    assert np.array_equal(frames, want) and np.array_equal(plan.times, same.times)
+    for name in ("hangs", "crashes", "breaks", "text"):
+        with pytest.raises(BadSample) as e:
+            apart.load(tmp_path / name, "image")
+        reasons[name] = e.value.reason
+    assert reasons["hangs"] == "decoding took longer than 1.5 s" and reasons["crashes"] == "the decoder crashed"
+    assert reasons["breaks"] == "decoder error: ZeroDivisionError" and "image" in reasons["text"]
+    assert np.array_equal(apart.load(tmp_path / "fine", "image")[0], tricky.load_image(files["fine"]))
+    apart.close()
     assert not psutil.Process().children()
 
 
