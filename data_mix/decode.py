@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -40,11 +41,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A file that nobody has indexed, to decode as the processor sees fit. `kind`: image or video."""
+class Call:
+    """What the function of an `Apart` is given."""
 
-    path: str
-    kind: str
+    given: tuple
 
 
 def decode(job: Job, processor: Any) -> tuple[np.ndarray, str]:
@@ -56,20 +56,20 @@ def decode(job: Job, processor: Any) -> tuple[np.ndarray, str]:
     sha1 = hashlib.sha1(data).hexdigest()
     if job.location.sha1 not in ("", sha1):
         raise BadSample("the media's bytes have changed since they were indexed")
-    frames, _ = _opened(data, job.kind, processor)
+    try:
+        frames = processor.load_image(data) if job.kind == "image" else processor.load_video(data)[0]
+    except BadSample:
+        raise
+    except Exception as e:
+        raise BadSample(f"decoder error: {type(e).__name__}") from e
     if frames.shape[:3] != job.shape:
         raise BadSample("the decoded frames differ from the header's size or count")
     return frames, sha1
 
 
-def _opened(src: bytes | str, kind: str, processor: Any) -> tuple[np.ndarray, Any]:
-    """Frames, and the plan of a clip. Raises BadSample, whatever the decoder raises."""
-    try:
-        return (processor.load_image(src), None) if kind == "image" else processor.load_video(src)
-    except BadSample:
-        raise
-    except Exception as e:
-        raise BadSample(f"decoder error: {type(e).__name__}") from e
+def decode_file(processor: Any, path: str, kind: str) -> tuple[np.ndarray, Any]:
+    """(uint8 [T, H, W, 3], video plan or None) of a whole file. Raises BadSample."""
+    return (processor.load_image(path), None) if kind == "image" else processor.load_video(path)
 
 
 def decode_here(job: Job, processor: Any, cache: FrameCache | None) -> np.ndarray:
@@ -155,16 +155,19 @@ class DecodePool:
 
 
 class Apart:
-    """Decodes whole files in a process of its own, one at a time: what hangs or crashes there is one BadSample. The
-    process starts with the first file and ends with `close`, or with this object."""
+    """A function that opens media, called in a process of its own: what hangs or crashes there is one BadSample. The
+    process starts with the first call and ends with `close`, or with this object.
 
-    def __init__(self, processor: Any, deadline: float = 60.0):
-        self.worker, self.deadline = _Worker(processor, None), deadline
+    Args: function of a module (or `functools.partial` of one). deadline: seconds a call may take.
+    """
+
+    def __init__(self, function: Callable[..., Any], deadline: float = 60.0):
+        self.worker, self.deadline = _Worker(function, None), deadline
         self.close = weakref.finalize(self, self.worker.close)
 
-    def load(self, path: Path, kind: str) -> tuple[np.ndarray, Any]:
-        """(uint8 [T, H, W, 3], the video plan or None). Raises BadSample."""
-        return self.worker.run(Whole(str(path), kind), self.deadline)
+    def __call__(self, *given: Any) -> Any:
+        """What the function returns. Raises BadSample for whatever it raises, and after `deadline` seconds."""
+        return self.worker.run(Call(given), self.deadline)
 
 
 def _settle(future: Future, work: Any) -> None:
@@ -178,12 +181,13 @@ class _Worker:
     """One decode process and the pipe to it. Started at the first job, replaced after a death."""
 
     def __init__(self, processor: Any, cache: FrameCache | None):
+        """processor: that of all jobs, or the function of all calls; the process has it before its first."""
         self.processor, self.cache = processor, cache
         self.process: subprocess.Popen | None = None
         self._closed, self._lock = False, threading.Lock()
 
-    def run(self, job: Job | Whole, deadline: float) -> Any:
-        """Frames of a Job, frames and plan of a Whole. Raises BadSample."""
+    def run(self, job: Job | Call, deadline: float) -> Any:
+        """Frames of a Job, what a Call returns. Raises BadSample."""
         try:
             self._start()
             self._pipe.send(job)
@@ -195,11 +199,11 @@ class _Worker:
             self.kill()
             raise BadSample("the decoder crashed") from e
 
-    def _receive(self, job: Job | Whole) -> Any:
+    def _receive(self, job: Job | Call) -> Any:
         kind, value = self._pipe.recv()
         if kind == "bad":
             raise BadSample(value)
-        if isinstance(job, Whole):
+        if isinstance(job, Call):
             return value
         if kind == "raw":  # not cached: the bytes follow
             if self.cache:
@@ -284,10 +288,10 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _answer(pipe: Connection, job: Job | Whole, processor: Any, cache: FrameCache | None) -> None:
+def _answer(pipe: Connection, job: Job | Call, processor: Any, cache: FrameCache | None) -> None:
     try:
-        if isinstance(job, Whole):
-            pipe.send(("whole", _opened(job.path, job.kind, processor)))
+        if isinstance(job, Call):
+            pipe.send(("value", _called(processor, job)))
             return
         frames, sha1 = decode(job, processor)
     except BadSample as e:
@@ -298,3 +302,12 @@ def _answer(pipe: Connection, job: Job | Whole, processor: Any, cache: FrameCach
         return
     pipe.send(("raw", cache.error if cache else None))
     pipe.send_bytes(np.ascontiguousarray(frames).reshape(-1).data)
+
+
+def _called(function: Callable[..., Any], job: Call) -> Any:
+    try:
+        return function(*job.given)
+    except BadSample:
+        raise
+    except Exception as e:
+        raise BadSample(f"decoder error: {type(e).__name__}") from e

@@ -1,5 +1,6 @@
 """Other people's data -> a source folder. What cannot be used is skipped, counted and named."""
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_mix.decode import Apart
 from data_mix.foreign import Items, Record
 from data_mix.foreign_folder import read_folder
 from data_mix.foreign_json import read_llava
@@ -82,10 +84,11 @@ def _copy(
     report: ImportReport, kind: str, src: Path, name: str, items: Items, check: bool, quiet: bool
 ) -> None:
     """Write every good item to a new source folder. Raises UserError where there is none."""
-    with ShardWriter(report.folder, name) as writer, Progress(None, f"importing {kind}", quiet=quiet) as progress:
+    with ShardWriter(report.folder, name) as writer, Progress(None, f"importing {kind}", quiet=quiet) as progress, \
+            contextlib.closing(Apart(with_facts)) as facts_of:  # fmt: skip
         for item in items:
             try:
-                _write(writer, item, report, check)
+                _write(writer, item, report, check, facts_of)
             except BadSample as e:
                 shard = item.shard if isinstance(item, BadSample) else src.name
                 report.skipped.append(BadSample(e.reason, shard=shard, key=item.key or e.key))
@@ -102,18 +105,25 @@ def _items(kind: str, src: str | Path, captions: Any, media_root: Any) -> Items:
     return READERS[kind](src, **given)  # type: ignore[operator]
 
 
-def _write(writer: ShardWriter, item: Record | BadSample, report: ImportReport, check: bool) -> None:
+def _write(
+    writer: ShardWriter, item: Record | BadSample, report: ImportReport, check: bool, facts_of: Apart
+) -> None:
     if isinstance(item, BadSample):
         raise item
     media = {suffix: read() for suffix, read in item.media.items()}
-    sample = complete_facts({"messages": item.messages, "media": {}}, media)
-    if check:
-        for suffix, data in media.items():
-            probe(suffix, data, sample["media"].get(suffix))
+    sample = facts_of({"messages": item.messages, "media": {}}, media, check)
     extra = {"family": item.family} if item.family else {}
     writer.write(item.key, {**sample, **extra, **({"meta": item.meta} if item.meta else {})}, media)
     report.samples += 1
     report.families[item.family or "unnamed"] += 1
+
+
+def with_facts(sample: dict[str, Any], media: dict[str, bytes], check: bool) -> dict[str, Any]:
+    """The sample with the facts of its media, each of which is decoded if `check`. Raises BadSample."""
+    sample = complete_facts(sample, media)
+    for suffix, data in media.items() if check else ():
+        probe(suffix, data, sample["media"].get(suffix))
+    return sample
 
 
 def probe(suffix: str, data: bytes, facts: dict[str, Any] | None) -> None:

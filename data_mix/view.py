@@ -40,7 +40,7 @@ def view(
     `tokenizer` and budgets to be packed. Raises UserError as PackPlan does.
     """
     plan = what if isinstance(what, PackPlan) else _plan(what, processor, tokenizer, token_budget, visual_budget)
-    with DecodePool(plan.processor, workers=0) as pool:
+    with DecodePool(plan.processor, workers=1) as pool:
         assembler = Assembler(plan, pool)
         packs = "\n".join(_pack(assembler, i) for i in range(start, start + n))
     names = ", ".join(s.name for s in plan.mix.sources)

@@ -1,5 +1,6 @@
 """A checkpoint that answers: media to frames once, frames to an example, examples to text."""
 
+import functools
 import hashlib
 import os
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_mix.decode import Apart
+from data_mix.decode import Apart, decode_file
 from eval.task import media_parts
 from mm import formats, generate, prompt
 from mm.common.errors import BadSample, UserError
@@ -21,7 +22,7 @@ class Media:
     each."""
 
     def __init__(self, processor: Any, keep: int = 48, deadline: float = 60.0):
-        self.decoder, self.keep = Apart(processor, deadline), keep
+        self.decode, self.keep = Apart(functools.partial(decode_file, processor), deadline), keep
         self._frames: OrderedDict[str, tuple[np.ndarray, Any]] = OrderedDict()
 
     def load(self, root: Path, part: dict) -> tuple[np.ndarray, Any]:
@@ -44,7 +45,7 @@ class Media:
         if not path.is_file():
             raise BadSample("media file is missing", key=name)
         try:
-            return self.decoder.load(path, kind)
+            return self.decode(str(path), kind)
         except BadSample as e:
             raise BadSample(e.reason, shard=e.shard, key=name) from e
 

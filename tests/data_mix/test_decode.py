@@ -1,5 +1,6 @@
 """The decode pool: nothing hangs, nothing is left behind, and frames are cached whole or not at all."""
 
+import functools
 import hashlib
 import time
 
@@ -7,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
-from data_mix.decode import Apart, DecodePool, Job
+from data_mix.decode import Apart, DecodePool, Job, decode_file
 from data_mix.frame_cache import FrameCache
 from data_mix.shards import Location
 from mm.common.errors import BadSample, UserError
@@ -49,7 +50,7 @@ def test_a_hang_and_a_crash_cost_one_sample_each(tricky, job):
     assert not psutil.Process().children()
 
 
-def test_whole_files_apart(tricky, tmp_path):
+def test_calls_apart(tricky, tmp_path):
     """What evaluation and chat open: a hang, a crash and a file that is no picture are a BadSample each; nothing is
     left afterwards."""
     files = {
@@ -58,18 +59,18 @@ def test_whole_files_apart(tricky, tmp_path):
     }  # fmt: skip
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    apart, reasons = Apart(tricky, deadline=1.5), {}
-    frames, plan = apart.load(tmp_path / "clip", "video")
+    decode, reasons = Apart(functools.partial(decode_file, tricky), deadline=1.5), {}
+    frames, plan = decode(str(tmp_path / "clip"), "video")
     want, same = tricky.load_video(files["clip"])
     assert np.array_equal(frames, want) and np.array_equal(plan.times, same.times)
     for name in ("hangs", "crashes", "breaks", "text"):
         with pytest.raises(BadSample) as e:
-            apart.load(tmp_path / name, "image")
+            decode(str(tmp_path / name), "image")
         reasons[name] = e.value.reason
     assert reasons["hangs"] == "decoding took longer than 1.5 s" and reasons["crashes"] == "the decoder crashed"
     assert reasons["breaks"] == "decoder error: ZeroDivisionError" and "image" in reasons["text"]
-    assert np.array_equal(apart.load(tmp_path / "fine", "image")[0], tricky.load_image(files["fine"]))
-    apart.close()
+    assert np.array_equal(decode(str(tmp_path / "fine"), "image")[0], tricky.load_image(files["fine"]))
+    decode.close()
     assert not psutil.Process().children()
 
 
