@@ -17,7 +17,7 @@ from mm.sizes import SIZES
 from stages.keye.run import Means, run_stage, texts_of, train_tokenizer
 from stages.stage import Budget, Checkpoints, Optim, Stage
 
-STEPS, CLIPS = 60, 16
+STEPS, CLIPS = 80, 16
 
 
 @pytest.fixture
