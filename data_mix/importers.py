@@ -70,7 +70,10 @@ def import_data(
     out = Path(out)
     report = ImportReport(out)
     if kind == "webdataset" and out.is_dir() and out.samefile(src):
-        _, report.skipped = build_index(out, name or out.name, quiet=quiet)
+        with contextlib.closing(Apart(with_facts)) as facts_of:
+            _, report.skipped = build_index(
+                out, name or out.name, quiet=quiet, facts_of=lambda sample, media: facts_of(sample, media, check)
+            )
         report.families = Counter(str(r["sample"].get("family") or "unnamed") for r in Source(out).rows())
         report.samples = report.families.total()
     else:

@@ -7,7 +7,7 @@ broken header are skipped, counted and named; the rest is used.
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,6 +17,7 @@ from mm.common.errors import BadSample, UserError
 from mm.common.files import write_atomic
 from mm.common.progress import Progress
 
+FactsOf = Callable[[dict, dict[str, bytes]], dict]  # (sample, media) -> the sample with its media's facts
 MAX_HEADER = 1 << 20  # bytes of a long name or PAX header; more is an attack or an accident
 
 
@@ -28,10 +29,11 @@ class Member(NamedTuple):
 
 
 def build_index(
-    folder: str | Path, name: str, *, version: str = "1", quiet: bool = True
+    folder: str | Path, name: str, *, version: str = "1", quiet: bool = True, facts_of: FactsOf = complete_facts
 ) -> tuple[list[dict], list[BadSample]]:
     """Index every *.tar in `folder` in place: source.json and *.idx.jsonl appear beside the tars.
 
+    Args: facts_of: reads the media's headers; an `Apart` outlives one that hangs or crashes.
     Returns: the shard list of source.json, and what was skipped and why.
     Raises UserError: no tar there, a source.json already there, or no usable sample in any of them.
     """
@@ -45,7 +47,7 @@ def build_index(
     with Progress(None, f"indexing {name}", quiet=quiet) as progress:
         for tar in tars:
             lines = []
-            for row in read_foreign(tar, bad):
+            for row in read_foreign(tar, bad, facts_of):
                 if row.key in seen:
                     bad.append(BadSample("duplicate key", shard=tar.name, key=row.key))
                     continue
@@ -71,12 +73,12 @@ class ForeignRow(NamedTuple):
     sample: dict
 
 
-def read_foreign(tar: Path, bad: list[BadSample]) -> Iterator[ForeignRow]:
+def read_foreign(tar: Path, bad: list[BadSample], facts_of: FactsOf = complete_facts) -> Iterator[ForeignRow]:
     """The usable samples of one tar in order; what is not usable goes to `bad` with its name."""
     with open(tar, "rb") as f:
         for key, members in grouped(scan(tar, bad)):
             try:
-                yield _row(f, key, members)
+                yield _row(f, key, members, facts_of)
             except BadSample as e:
                 bad.append(BadSample(e.reason, shard=tar.name, key=key))
 
@@ -175,7 +177,7 @@ def read_member(f: BinaryIO, m: Member) -> bytes:
     return data
 
 
-def _row(f: BinaryIO, key: str, group: list[Member]) -> ForeignRow:
+def _row(f: BinaryIO, key: str, group: list[Member], facts_of: FactsOf) -> ForeignRow:
     members = {m.suffix: m for m in group}
     if len(members) < len(group):
         raise BadSample("a member comes twice")
@@ -185,7 +187,7 @@ def _row(f: BinaryIO, key: str, group: list[Member]) -> ForeignRow:
     check(sample, members)
     media = {s: read_member(f, m) for s, m in members.items() if media_kind(s)}
     # facts in a foreign JSON are claims: headers are read again
-    sample = complete_facts({**sample, "media": {}}, media)
+    sample = facts_of({**sample, "media": {}}, media)
     sha1 = {s: hashlib.sha1(data).hexdigest() for s, data in media.items()}
     return ForeignRow(key, {s: [m.offset, m.size] for s, m in members.items()}, sha1, sample)
 

@@ -1,5 +1,6 @@
 """Every sample opened and checked before a run meets it."""
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -7,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_mix.importers import probe
-from data_mix.index import parse_json, read_foreign
+from data_mix.decode import Apart
+from data_mix.importers import with_facts
+from data_mix.index import FactsOf, parse_json, read_foreign
 from data_mix.sample import check, media_kind, media_parts, suffix_of
-from data_mix.shards import Source, media_facts
+from data_mix.shards import Source
 from data_mix.stats import source_folders
 from mm.common.errors import BadSample, UserError
 from mm.common.progress import Progress
@@ -51,8 +53,10 @@ def lint(folder: str | Path, *, decode: bool = False, quiet: bool = False) -> Li
     Raises UserError where `folder` is none of these.
     """
     report = LintReport(Path(folder))
-    with Progress(None, f"checking {report.folder.name}", quiet=quiet) as progress:
-        for found, source in _sources(report):
+    with Progress(None, f"checking {report.folder.name}", quiet=quiet) as progress, \
+            contextlib.closing(Apart(with_facts)) as apart:  # fmt: skip
+        facts_of: FactsOf = lambda sample, media: apart(sample, media, decode)
+        for found, source in _sources(report, facts_of):
             report.sources += 1
             if isinstance(found, BadSample):
                 report.broken.append(str(found.reason))
@@ -60,7 +64,7 @@ def lint(folder: str | Path, *, decode: bool = False, quiet: bool = False) -> Li
             for i in range(len(found)):
                 report.samples += 1
                 try:
-                    check_sample(found, i, decode=decode)
+                    check_sample(found, i, facts_of)
                 except BadSample as e:
                     shard = f"{source}{found.shard_of(i)}"
                     report.bad.append(BadSample(e.reason, shard=shard, key=found.row(i)["key"]))
@@ -68,7 +72,7 @@ def lint(folder: str | Path, *, decode: bool = False, quiet: bool = False) -> Li
     return report
 
 
-def _sources(report: LintReport) -> Iterator[tuple[Any, str]]:
+def _sources(report: LintReport, facts_of: FactsOf) -> Iterator[tuple[Any, str]]:
     """Every source below the folder (or why it cannot be opened) and the name to put before its shards."""
     folder = report.folder
     if (folder / "source.json").is_file():
@@ -79,7 +83,7 @@ def _sources(report: LintReport) -> Iterator[tuple[Any, str]]:
         report.sources += 1
         seen: set[str] = set()
         for tar in tars:
-            for row in read_foreign(tar, report.bad):
+            for row in read_foreign(tar, report.bad, facts_of):
                 report.samples += 1
                 if row.key in seen:
                     report.bad.append(BadSample("duplicate key", shard=tar.name, key=row.key))
@@ -96,22 +100,18 @@ def _open(folder: Path) -> Source | BadSample:
         return BadSample(str(e))
 
 
-def check_sample(source: Source, i: int, *, decode: bool = False) -> None:
+def check_sample(source: Source, i: int, facts_of: FactsOf) -> None:
     """Raise BadSample unless everything about sample i holds."""
     row = source.row(i)
     sample, members = row["sample"], row["members"]
     check(sample, members)
     if parse_json(source.member(i, "json")).get("messages") != sample["messages"]:
         raise BadSample("the JSON in the tar is not the one in the index")
-    media = {s for s in members if media_kind(s)}
-    if media - {suffix_of(p) for p in media_parts(sample["messages"])}:
+    media = {s: source.member(i, s) for s in members if media_kind(s)}
+    if media.keys() - {suffix_of(p) for p in media_parts(sample["messages"])}:
         raise BadSample("media that no part names")
-    for suffix in media:
-        data = source.member(i, suffix)
+    for suffix, data in media.items():
         if hashlib.sha1(data).hexdigest() != row["sha1"].get(suffix):
             raise BadSample("the media's bytes have changed since they were indexed")
-        facts = media_facts(suffix, data)
-        if facts != sample.get("media", {}).get(suffix):
-            raise BadSample("the media facts on record are not those of the file")
-        if decode:
-            probe(suffix, data, facts)
+    if media and facts_of({"media": {}}, media)["media"] != sample.get("media", {}):
+        raise BadSample("the media facts on record are not those of the file")

@@ -1,9 +1,11 @@
-"""Shared by all tests: where real data may lie, and calm threading."""
+"""Shared by all tests: where real data may lie, one small world, calm threading."""
 
 from pathlib import Path
 
 import pytest
 import torch
+
+from data_mix.world.make import make_world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -14,6 +16,14 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real media (../shared/data) are not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def micro_world(tmp_path_factory) -> Path:
+    """A world with a few of everything, seed 0, to be read and not written."""
+    folder = tmp_path_factory.mktemp("micro") / "world"
+    make_world(folder, size="micro", workers=1, quiet=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A micro world with real clips, a checkpoint with random weights, and a run folder that looks like a real one."""
+"""A checkpoint with random weights, and a run folder that looks like a real one."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_mix.world.make import make_world
 from eval import world
 from eval.runner import Options, run
 from mm import formats
@@ -18,13 +17,6 @@ from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
 from tests.eval.eval_answerers import Guesser
-
-
-@pytest.fixture(scope="session")
-def micro_world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("eval") / "world"
-    make_world(folder, size="micro", workers=1, quiet=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_mix.world.make import make_world
 from mm.common.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -21,13 +20,6 @@ import optimizer
 import packing
 import tower
 import train_speed
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmarks") / "world"
-    make_world(folder, size="micro", workers=1, quiet=True)
-    return folder
 
 
 def figures(benchmark, tmp_path, *options):
@@ -45,16 +37,16 @@ def small_vocabulary(monkeypatch):
     monkeypatch.setattr(harness, "VOCABULARY", 700)  # the tokenizer's training is half of a micro run
 
 
-def test_packs_are_full(world, tmp_path, small_vocabulary):
-    got = figures(packing, tmp_path, "--world", world, "--tokens", 1024, "--packs", 10, "--seeds", 1)
+def test_packs_are_full(micro_world, tmp_path, small_vocabulary):
+    got = figures(packing, tmp_path, "--world", micro_world, "--tokens", 1024, "--packs", 10, "--seeds", 1)
     assert len(got["cases"]) == 4
     for case in got["cases"].values():
         assert case["padded"]["median"] < case["ours"]["median"] <= 1
         assert case["in_order"]["median"] < case["ours"]["median"]
 
 
-def test_waiting_is_measured_in_real_steps(world, tmp_path, small_vocabulary):
-    got = figures(data_wait, tmp_path, "--world", world, "--stage", "keye.s1_align", "--workers", 0,
+def test_waiting_is_measured_in_real_steps(micro_world, tmp_path, small_vocabulary):
+    got = figures(data_wait, tmp_path, "--world", micro_world, "--stage", "keye.s1_align", "--workers", 0,
                   "--steps", 1, "--warmup", 0, "--rounds", 1)  # fmt: skip
     cases = got["cases"]
     assert cases["warm cache"]["cache_hits"]["median"] == 1
@@ -63,8 +55,8 @@ def test_waiting_is_measured_in_real_steps(world, tmp_path, small_vocabulary):
     assert cases["held in memory"]["wait_share"]["median"] == 0
 
 
-def test_decoders_return_the_same_frames(world, tmp_path):
-    got = figures(decode, tmp_path, "--videos", world / "clips" / "train", "--clips", 2, "--rounds", 1)
+def test_decoders_return_the_same_frames(micro_world, tmp_path):
+    got = figures(decode, tmp_path, "--videos", micro_world / "clips" / "train", "--clips", 2, "--rounds", 1)
     assert got["agreement"]["ours"] == got["agreement"]["PyAV"] == 1
     assert all(min(speeds) > 0 for kind in got["speeds"].values() for speeds in kind.values())
 
@@ -78,14 +70,14 @@ def test_peers_train_the_same_model_on_the_same_text(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["keye.text", "keye.s0_vit"])
-def test_optimizers_are_compared(stage, world, tmp_path, small_vocabulary):
-    got = figures(optimizer, tmp_path, "--world", world, "--stage", stage, "--steps", 1, "--seeds", 1,
+def test_optimizers_are_compared(stage, micro_world, tmp_path, small_vocabulary):
+    got = figures(optimizer, tmp_path, "--world", micro_world, "--stage", stage, "--steps", 1, "--seeds", 1,
                   "--lrs", "1e-3", "--shares", "1", "--eval-packs", 1)  # fmt: skip
     assert got["adamw_lr"] == 1e-3 and len(got["muon"]["1.0"]) == 1 and 0 < got["adamw"][0] < 100
 
 
-def test_towers_are_taught_and_asked_alike(world, tmp_path, small_vocabulary):
-    got = figures(tower, tmp_path, "--world", world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3")
+def test_towers_are_taught_and_asked_alike(micro_world, tmp_path, small_vocabulary):
+    got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3")
     assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 6 and {r["n"] for r in got["runs"]} != {0}
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
     assert sum(r["best"] for r in got["runs"]) == 12

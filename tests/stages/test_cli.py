@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from data_mix.shards import ShardWriter, Source
-from data_mix.world.make import make_world
 from mm import formats
 from mm.common.files import read_json, read_jsonl
 from mm.keye import Keye
@@ -41,13 +40,6 @@ def mm(capsys, monkeypatch):
         return code, captured.out + captured.err
 
     return run
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "world"
-    make_world(folder, size="micro", workers=1, quiet=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +86,17 @@ def test_every_stage_has_a_plan_and_a_page_at_every_size(mm, size):
     assert code == 0 and "s3_merge" in said and "to do" in said
 
 
-def test_long_runs_practise_before_stage_3(mm, model, world, tmp_path):
+def test_long_runs_practise_before_stage_3(mm, model, micro_world, tmp_path):
     graphs = {}
     for scale in (1, 2):
-        line = ["run", "keye", "--to", "s3", "--scale", scale, "--world", world, "--out", tmp_path / "x"]
+        line = ["run", "keye", "--to", "s3", "--scale", scale, "--world", micro_world, "--out", tmp_path / "x"]
         nodes = graph(cli._parse([str(word) for word in line]), "cpu").nodes
         graphs[scale] = {n: nodes[n].inputs[0] for n in ("s3_anneal_image", "s3_anneal_video")}
         assert ("s2_practice" in nodes) == (scale == 2)
     assert set(graphs[1].values()) == {"s2_multitask"} and set(graphs[2].values()) == {"s2_practice"}
     for scale, start in ((1, "s2_multitask"), (2, "s2_practice")):  # one of them by itself goes on from the same
         assert f"'{start}'" in mm("show", "keye.s3_anneal_video", "--scale", scale)[1]
-    code, said = mm("run", "keye.s2_practice", "--from", model, "--world", world, "--out", tmp_path / "run",
+    code, said = mm("run", "keye.s2_practice", "--from", model, "--world", micro_world, "--out", tmp_path / "run",
                     "--ranks", 1, "--workers", 0, "--set", "budget.steps=2")  # fmt: skip
     assert code == 0 and "2/2 100%" in said and (tmp_path / "run/s2_practice/model/config.json").exists(), said
 
@@ -128,17 +120,17 @@ def test_the_commands_of_the_launch_page_name_sources_that_there_are():
     assert found >= 2
 
 
-def test_samples_that_give_no_data_are_named(mm, model, world, tmp_path):
+def test_samples_that_give_no_data_are_named(mm, model, micro_world, tmp_path):
     """As they are met, one line each, over two starts of one run; and counted in the end."""
     broken = tmp_path / "broken"
-    pairs = Source(world / "sources" / "vit_pairs")
+    pairs = Source(micro_world / "sources" / "vit_pairs")
     with ShardWriter(broken, "vit_pairs") as out:
         for i in range(len(pairs)):
             at = pairs.locate(i, "0.jpg")
             jpg = Path(at.path).read_bytes()[at.offset : at.offset + (at.size // 2 if i % 2 else at.size)]
             out.write(f"pair-{i}", pairs.sample(i), {"0.jpg": jpg})
     run = tmp_path / "run" / "s1_align"
-    command = ["run", "keye.s1_align", "--from", model, "--world", world, "--out", run.parent, "--ranks", 1,
+    command = ["run", "keye.s1_align", "--from", model, "--world", micro_world, "--out", run.parent, "--ranks", 1,
                "--workers", 0, "--data", f"vit_pairs={broken}", "--set", "budget.steps=3"]  # fmt: skip
     code, said = mm(*command, "--set", "data.max_bad=0.0")
     assert code == 2 and "samples are bad" in said and "raise data.max_bad" in said, said
@@ -151,10 +143,10 @@ def test_samples_that_give_no_data_are_named(mm, model, world, tmp_path):
     assert sum(read_json(run / "skipped.json").values()) == len({row["sample"] for row in rows})
 
 
-def test_a_world_that_lacks_what_a_stage_draws_from(mm, world, tmp_path):
+def test_a_world_that_lacks_what_a_stage_draws_from(mm, micro_world, tmp_path):
     """As one of an older version does: said before anything is made."""
     old = tmp_path / "old"
-    shutil.copytree(world, old)
+    shutil.copytree(micro_world, old)
     shutil.rmtree(old / "sources" / "video_qa")
     code, said = mm("run", "keye", "--to", "s3", "--world", old, "--out", tmp_path / "run")
     assert code == 2 and "has no source video_qa; it may be of another version" in said, said
@@ -231,17 +223,17 @@ def test_a_mistake_is_one_clear_line_and_exit_2(mm, tmp_path, monkeypatch, line,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("line", ["run keye.text", "eval world {model} --data {world}", "chat {model} hello"])
-def test_a_gpu_that_is_not_there(mm, model, world, line):
-    code, printed = mm(*line.format(model=model, world=world).split(), "--device", "cuda")
+@pytest.mark.parametrize("line", ["run keye.text", "eval world {model} --data {micro_world}", "chat {model} hello"])
+def test_a_gpu_that_is_not_there(mm, model, micro_world, line):
+    code, printed = mm(*line.format(model=model, micro_world=micro_world).split(), "--device", "cuda")
     assert code == 2 and "torch finds no GPU" in printed
 
 
-def test_chat_takes_its_question_after_the_media(mm, model, world):
-    picture = next(world.glob("kc/images/*/*.jpg"))
+def test_chat_takes_its_question_after_the_media(mm, model, micro_world):
+    picture = next(micro_world.glob("kc/images/*/*.jpg"))
     code, said = mm("chat", model, "--image", picture, "--max-new-tokens", 2, "What is it?")
     assert code == 0, said
-    code, said = mm("chat", model, "--image", world / "world.json", "What is it?")
+    code, said = mm("chat", model, "--image", micro_world / "world.json", "What is it?")
     assert code == 2 and "is no image that can be read" in said
     code, said = mm("chat", model, "one", "two")
     assert code == 2 and "unrecognized arguments: two" in said
@@ -269,16 +261,16 @@ def test_a_checkpoint_that_cannot_be_read(mm, model, tmp_path):
     assert code == 2 and "config.json is not JSON" in said
 
 
-def test_weights_that_do_not_fit(mm, model, world, tmp_path):
+def test_weights_that_do_not_fit(mm, model, micro_world, tmp_path):
     """A stage whose model is not that of the weights it starts from."""
     setting = "model.decoder.intermediate_size=100"
-    code, said = mm("run", "keye.s2_multitask", "--from", model, "--world", world, "--out", tmp_path / "run",
+    code, said = mm("run", "keye.s2_multitask", "--from", model, "--world", micro_world, "--out", tmp_path / "run",
                     "--ranks", 1, "--workers", 0, "--set", setting)  # fmt: skip
     assert code == 2 and "does not fit the model" in said and "mlp" in said, said
 
 
-def test_a_name_pattern_that_matches_nothing(mm, model, world, tmp_path):
-    code, said = mm("run", "keye.s2_multitask", "--from", model, "--world", world, "--out", tmp_path / "run",
+def test_a_name_pattern_that_matches_nothing(mm, model, micro_world, tmp_path):
+    code, said = mm("run", "keye.s2_multitask", "--from", model, "--world", micro_world, "--out", tmp_path / "run",
                     "--ranks", 1, "--workers", 0, "--set", 'train={"modle.*": 1.0}')  # fmt: skip
     assert code == 2 and "'modle.*' matches no parameter; did you mean 'model'" in said, said
 
@@ -325,10 +317,10 @@ def limited(*arguments, most=None):
     return done.returncode, done.stdout
 
 
-def test_a_full_disk_while_saving_loses_nothing(world, model, tmp_path):
+def test_a_full_disk_while_saving_loses_nothing(micro_world, model, tmp_path):
     out = tmp_path / "run"
-    command = ["run", "keye.s1_align", "--from", model, "--world", world, "--out", out, "--ranks", 1, "--workers", 0,
-               "--threads", 1, "--set", "budget.steps=3", "--set", "optim.warmup_steps=0",
+    command = ["run", "keye.s1_align", "--from", model, "--world", micro_world, "--out", out, "--ranks", 1,
+               "--workers", 0, "--threads", 1, "--set", "budget.steps=3", "--set", "optim.warmup_steps=0",
                "--set", "budget.tokens=512", "--set", "budget.visual_tokens=384"]  # fmt: skip
     code, said = limited(*command, most=2_000_000)  # the frozen weights do not fit
     assert code == 2 and "frozen weights could not be written" in said and "Free some space" in said, said
@@ -341,7 +333,7 @@ def test_a_full_disk_while_saving_loses_nothing(world, model, tmp_path):
     assert (out / "s1_align/model/model.safetensors").exists()
 
 
-def test_a_disk_that_cannot_be_written(mm, model, world, tmp_path, monkeypatch):
+def test_a_disk_that_cannot_be_written(mm, model, micro_world, tmp_path, monkeypatch):
     """As on a read-only disk (root may write everywhere, so permissions would not do): no folder can be made."""
     real = os.mkdir
 
@@ -352,9 +344,10 @@ def test_a_disk_that_cannot_be_written(mm, model, world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "mkdir", refuse)
     for line in (
-        f"run keye.text --world {world} --from {model} --ranks 1 --out {tmp_path}/run",
-        f"data make-world {tmp_path}/w --size micro", f"data import folder {world}/kc {tmp_path}/s --captions name",
-        f"eval world {model} --data {world} --limit 1 --tasks ocr --out {tmp_path}/e",
+        f"run keye.text --world {micro_world} --from {model} --ranks 1 --out {tmp_path}/run",
+        f"data make-world {tmp_path}/w --size micro",
+        f"data import folder {micro_world}/kc {tmp_path}/s --captions name",
+        f"eval world {model} --data {micro_world} --limit 1 --tasks ocr --out {tmp_path}/e",
     ):  # fmt: skip
         code, said = mm(*line.split())
         assert code == 2 and "Read-only file system; choose another folder" in said, said
@@ -363,9 +356,9 @@ def test_a_disk_that_cannot_be_written(mm, model, world, tmp_path, monkeypatch):
 # ---- ranks
 
 
-def test_two_ranks_under_torchrun(world, model, tmp_path):
+def test_two_ranks_under_torchrun(micro_world, model, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "stages.cli", "run", "keye.text", "--world", world, "--from", model, "--workers", "0",
+               "-m", "stages.cli", "run", "keye.text", "--world", micro_world, "--from", model, "--workers", "0",
                "--threads", "1", "--set", "budget.steps=2", "--set", "optim.warmup_steps=0", "--set",
                "budget.tokens=256", "--out", tmp_path / "run"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

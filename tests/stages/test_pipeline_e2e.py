@@ -6,9 +6,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
-from data_mix.world.make import make_world
 from eval.scores import FLOORS
 from mm.common.files import read_json
 from stages.engine.log import lineage
@@ -16,13 +13,6 @@ from stages.engine.log import lineage
 NODES = ("tokenizer", "text", "words", "s0_vit", "s1_align", "s2_multitask", "s3_anneal_image", "s3_anneal_video",
          "s3_merge", "eval")  # fmt: skip
 SMALL = [f"--set={s}.budget.{k}={v}" for s in NODES[4:8] for k, v in (("tokens", 768), ("visual_tokens", 576))]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("e2e") / "world"
-    make_world(folder, size="micro", workers=1, quiet=True)
-    return folder
 
 
 def mm(*arguments, interrupt_at=None, seconds=120):
@@ -45,9 +35,9 @@ def mm(*arguments, interrupt_at=None, seconds=120):
             process.kill()
 
 
-def test_interrupted_called_again_and_up_to_date(world, tmp_path):
+def test_interrupted_called_again_and_up_to_date(micro_world, tmp_path):
     run = tmp_path / "run"
-    command = ["run", "keye", "--scale", "0.001", "--to", "s3", "--world", world, "--out", run, "--ranks", 1,
+    command = ["run", "keye", "--scale", "0.001", "--to", "s3", "--world", micro_world, "--out", run, "--ranks", 1,
                "--workers", 0, "--threads", 1, "--set=s2_multitask.budget.steps=5",
                "--set=s2_multitask.log.every_steps=1", *SMALL]  # fmt: skip
     code, said = mm(*command, interrupt_at="step 2/5")

@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer as Bpe
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from data_mix.world.make import make_world
 from mm.common.files import read_json, write_json
 from mm.formats import load
 from mm.tokenizer import SIGLIP_END, Tokenizer
@@ -17,13 +16,6 @@ from stages import cli
 TEXTS = ["a red ball slides left", "a large blue glass ring falls. the sign says SALE.", "How many? 0123456789"] * 20
 NUMBERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 PIECES = 90
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published") / "world"
-    make_world(folder, size="micro", workers=1, quiet=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +71,7 @@ def test_captions_for_siglips_text_tower_are_as_it_was_trained(siglip, tmp_path)
     assert ours.caption("a red ball", 64) == [*ours.encode("a red ball"), ours.id("<|im_end|>")]
 
 
-def test_from_siglip_and_qwen3_to_an_aligned_model(world, siglip, qwen3, tmp_path, capsys):
+def test_from_siglip_and_qwen3_to_an_aligned_model(micro_world, siglip, qwen3, tmp_path, capsys):
     """Two steps of each stage at --size small, its numbers made small, its data given by name."""
     tower = {**NUMBERS, "image_size": 64}
     text = {**NUMBERS, "vocab_size": read_json(siglip / "config.json")["text_config"]["vocab_size"]}
@@ -90,7 +82,7 @@ def test_from_siglip_and_qwen3_to_an_aligned_model(world, siglip, qwen3, tmp_pat
     settings += ["s1_align.model.decoder.mrope_section=[2, 3, 3]"]
     budget = {"tokens": 2048, "visual_tokens": 1536, "packs_per_step": 2, "steps": 2}
     settings += [f"{s}.budget.{k}={v}" for s in ("s0_vit", "s1_align") for k, v in budget.items()]
-    data = [f"--data={name}={world}/sources/{name}" for name in ("vit_pairs", "caption", "video_caption")]
+    data = [f"--data={name}={micro_world}/sources/{name}" for name in ("vit_pairs", "caption", "video_caption")]
     code = cli.main([
         "run", "keye", "--size", "small", "--to", "s1", f"--siglip={siglip}", f"--qwen3={qwen3}", *data, "--ranks=1",
         "--workers=0", f"--out={tmp_path / 'run'}", *(f"--set={s}" for s in settings),
