@@ -7,21 +7,23 @@ the shapes nor any other sample change when one clip cannot be decoded.
 import dataclasses
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_mix.decode import DecodePool, Job
+from data_mix.decode import DecodePool, Job, settle
 from data_mix.media_plan import first_media, frames_shape, pair_ids, shown, video_plan
 from data_mix.mix import Draw
-from data_mix.pack import PackPlan
-from data_mix.regions import in_patches, named_regions, phrase_ids
+from data_mix.pack import CONVERSATIONS, PackPlan
+from data_mix.regions import in_patches, named_regions, phrase_ids, regions_of
 from data_mix.sample import media_parts, suffix_of
 from mm.batch import Batch, PairBatch, RegionBatch
 from mm.common.errors import BadSample
 from mm.processor import VideoPlan
 from mm.prompt import Example, join, prepare
+from mm.told import spell
 
 GREY = 128
 
@@ -57,18 +59,33 @@ class Assembler:
 
     def _begin(self, draw: Draw) -> Pending:
         sample, source = self.plan.sample(draw), self.plan.mix.sources[draw.source]
-        parts = media_parts(sample["messages"]) if self.plan.kind == "packs" else [first_media(sample)]
+        parts = media_parts(sample["messages"]) if self.plan.kind in CONVERSATIONS else [first_media(sample)]
         pending = Pending(draw, self.plan.mix.name(draw), sample, {}, {})
         for part in parts:
             suffix = suffix_of(part)
             if suffix not in pending.frames:
                 shape = frames_shape(part, sample, self.processor)
-                job = Job(source.locate(draw.sample, suffix), part["type"], shape)
-                pending.shapes[suffix], pending.frames[suffix] = shape, self.pool.submit(job)
+                pending.shapes[suffix], pending.frames[suffix] = shape, Future()
+                if self.plan.kind == "told":
+                    settle(pending.frames[suffix], partial(self._told, part, sample, shape))
+                else:
+                    job = Job(source.locate(draw.sample, suffix), part["type"], shape)
+                    pending.frames[suffix] = self.pool.submit(job)
         return pending
 
     def finish(self, pack: list[Pending]) -> Made:
-        return {"packs": self._packs, "pairs": self._pairs, "regions": self._regions}[self.plan.kind](pack)
+        make = {"packs": self._packs, "told": self._packs, "pairs": self._pairs, "regions": self._regions}
+        return make[self.plan.kind](pack)
+
+    def _told(self, part: dict[str, Any], sample: dict[str, Any], shape: tuple[int, int, int]) -> np.ndarray:
+        """Frames that spell what the sample tells of a picture or clip. Raises BadSample."""
+        plan, patch = shown(part, sample, self.processor), self.processor.patch_size
+        height, width = shape[1] // patch, shape[2] // patch
+        places = [
+            ((frame, *in_patches(region.box, height, width)), self.tokenizer.encode(f" {region.phrase}"))
+            for region in regions_of(sample["told"][suffix_of(part)]) for frame in region.frames(plan)
+        ]  # fmt: skip
+        return spell(shape, places, patch)
 
     def _packs(self, pack: list[Pending]) -> Made:
         examples, samples = [], []

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from data_mix.media_plan import first_media, only_media, pair_ids, part_grid, shown
-from data_mix.regions import named_regions, phrase_ids
+from data_mix.regions import named_regions, phrase_ids, regions_of
+from data_mix.sample import media_parts, suffix_of
 from data_mix.shards import Source
 from mm.common.errors import BadSample, UserError
 from mm.common.files import write_atomic
@@ -43,6 +44,15 @@ def sample_counter(
     """A function sample -> (tokens, merged visual tokens); it raises BadSample."""
 
     def packs(sample: dict[str, Any]) -> tuple[int, int]:
+        if sample.get("told"):
+            raise BadSample("its pictures are told and not shown")
+        return sample_tokens(sample, processor, tokenizer)
+
+    def told(sample: dict[str, Any]) -> tuple[int, int]:
+        if {suffix_of(p) for p in media_parts(sample["messages"])} - sample.get("told", {}).keys():
+            raise BadSample("its pictures are shown and not told")
+        for said in sample.get("told", {}).values():
+            regions_of(said)
         return sample_tokens(sample, processor, tokenizer)
 
     def pairs(sample: dict[str, Any]) -> tuple[int, int]:
@@ -57,7 +67,7 @@ def sample_counter(
             raise BadSample("no frame shown of this clip is within the times of its named regions")
         return sum(length * frames for length, frames in named), processor.tokens(grid)
 
-    return {"packs": packs, "pairs": pairs, "regions": regions}[kind]
+    return {"packs": packs, "told": told, "pairs": pairs, "regions": regions}[kind]
 
 
 def count_source(

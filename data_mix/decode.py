@@ -117,7 +117,7 @@ class DecodePool:
                 else:
                     self._jobs.put((job, future))
         else:
-            _settle(future, lambda: decode_here(job, self.processor, self.cache))
+            settle(future, lambda: decode_here(job, self.processor, self.cache))
         return future
 
     def _cached(self, job: Job) -> np.ndarray | None:
@@ -133,7 +133,7 @@ class DecodePool:
             if self._closed or not future.set_running_or_notify_cancel():
                 future.cancel()
                 continue
-            _settle(future, lambda job=job: worker.run(job, self.deadline))
+            settle(future, lambda job=job: worker.run(job, self.deadline))
 
     def close(self) -> None:
         with self._lock:
@@ -170,7 +170,7 @@ class Apart:
         return self.worker.run(Call(given), self.deadline)
 
 
-def _settle(future: Future, work: Any) -> None:
+def settle(future: Future, work: Any) -> None:
     try:
         future.set_result(work())
     except BaseException as e:  # the waiting side raises it

@@ -23,7 +23,8 @@ from mm.processor import Processor
 from mm.prompt import sample_tokens
 from mm.tokenizer import Tokenizer
 
-Kind = Literal["packs", "pairs", "regions"]
+Kind = Literal["packs", "told", "pairs", "regions"]
+CONVERSATIONS = ("packs", "told")
 DRAWS = 512  # draws that are packed together, more where packs hold many
 COPIES = 4  # of one sample in a window, about
 PACKS = 96  # packs that a window should fill at least, so that its ragged end weighs little
@@ -37,8 +38,9 @@ class PackPlan:
         visual_budget: merged visual tokens per pack at most (patches / merge_size ** 2).
         alike: packs of one step. Those beside each other within a step have nearly the same number of visual tokens,
             the costliest, so that no rank waits long for another.
-        kind: "packs" of whole conversations; "pairs" of one picture or clip and its caption, whose text is cut at
-            `max_text` tokens; "regions" of one picture or clip each, named in its caption (`data_mix.regions`).
+        kind: "packs" of whole conversations; "told", the same with pictures told in words (`mm.told`); "pairs" of one
+            picture or clip and its caption, whose text is cut at `max_text` tokens; "regions" of one picture or clip,
+            named in its caption (`data_mix.regions`).
     Attributes:
         refused: BadSample per sample that can never be drawn (unreadable, or larger than a budget), by name.
         turns: {(source, sample): messages kept} of the conversations whose last exchanges are left out, whole,
@@ -96,7 +98,7 @@ class PackPlan:
         sample = self.mix.sources[number].sample(i)
         messages = sample["messages"]
         ends = [k + 1 for k, m in enumerate(messages) if m["role"] == "assistant"]
-        for turns in reversed(ends if self.kind == "packs" else []):
+        for turns in reversed(ends if self.kind in CONVERSATIONS else []):
             size = sample_tokens({**sample, "messages": messages[:turns]}, self.processor, self.tokenizer)
             if size[0] <= self.token_budget and size[1] <= self.visual_budget:
                 counts.tokens[i], counts.visual[i] = size

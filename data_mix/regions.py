@@ -89,10 +89,15 @@ class Names:
 
 
 def named_regions(sample: dict[str, Any]) -> list[Region]:
-    """Every region that the caption names, in its order.
+    """Every region that the caption names, in its order. Raises BadSample as `regions_of`."""
+    return regions_of(caption_of(sample))
+
+
+def regions_of(text: str) -> list[Region]:
+    """Every region that the text names, in its order.
     Raises BadSample where there is none, or one that is no box or no span."""
     found, span = [], None
-    for part in _PART.finditer(caption_of(sample)):
+    for part in _PART.finditer(text):
         if part["span"] is not None:
             span = _span(part["span"])
             continue

@@ -38,7 +38,10 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check(sample: Any, members: Collection[str]) -> None:
-    """Raise BadSample with a short reason unless `sample` can be rendered with these members."""
+    """Raise BadSample with a short reason unless `sample` can be rendered with these members.
+
+    Its "told" may say of a picture or clip, by its name, what a member would have shown (`data_mix.regions`).
+    """
     if not isinstance(sample, dict):
         raise BadSample("sample is not a JSON object")
     messages = sample.get("messages")
@@ -48,8 +51,11 @@ def check(sample: Any, members: Collection[str]) -> None:
         _check_message(message)
         if number and message["role"] in ("system", "text"):
             raise BadSample(f"a {message['role']} message that is not the first")
+    told = sample.get("told", {})
+    if not isinstance(told, dict) or not all(isinstance(said, str) for said in told.values()):
+        raise BadSample("told is not a text for each picture")
     for part in media_parts(messages):
-        _check_media(part, members)
+        _check_media(part, {*members, *told})
     if not any(m["role"] in ("assistant", "text") for m in messages):
         raise BadSample("no assistant turn to learn from")
 

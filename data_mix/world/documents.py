@@ -14,13 +14,13 @@ from data_mix.world.stills import numbered
 from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, MOTIONS, SHAPES, SIZES, full_phrase, phrase, say
 from mm.common.seeds import rng
 
-_ALL = tuple(itertools.product(COLOURS, SHAPES))
+ALL = tuple(itertools.product(COLOURS, SHAPES))
 
 
 def imagined(random: np.random.Generator, *, moving: bool) -> dict[str, Any]:
     """A truth without a picture: things from left to right, events in order."""
     n = int(random.integers(1, 5))
-    pairs = [_ALL[i] for i in random.permutation(len(_ALL))[:n]]
+    pairs = [ALL[i] for i in random.permutation(len(ALL))[:n]]
     things = [
         {"colour": c, "shape": s, "material": str(random.choice(MATERIALS)), "size": str(random.choice(SIZES))}
         for c, s in pairs
@@ -61,7 +61,7 @@ def _told(truth: dict, turn: text.Turn, lang: str, said: str) -> bool:
 
 
 def _shop_fact(random, lang: str) -> tuple[str, list[text.Turn]]:
-    c, s = _ALL[int(random.integers(len(_ALL)))]
+    c, s = ALL[int(random.integers(len(ALL)))]
     thing = {"colour": c, "shape": s, "material": str(random.choice(MATERIALS)), "size": str(random.choice(SIZES))}
     price = int(random.integers(3, 100))
     name = full_phrase(c, s, thing["material"], thing["size"], lang)
@@ -110,7 +110,7 @@ def _twice(seed: int, name: str) -> tuple[str, list[str]]:
     lang = "zh" if random.random() < 0.3 else "en"
     things = []
     for _ in range(int(random.integers(2, 7))):
-        c, s = _ALL[int(random.integers(len(_ALL)))]
+        c, s = ALL[int(random.integers(len(ALL)))]
         things.append(full_phrase(c, s, str(random.choice(MATERIALS)), str(random.choice(SIZES)), lang))
     comma = "、" if lang == "zh" else ", "
     return lang, [comma.join(things), comma.join(things[i] for i in random.permutation(len(things)))]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_mix.shards import ShardWriter
-from data_mix.world import documents, kc, shop, stills, tasks
+from data_mix.world import documents, kc, shop, stills, tasks, told
 from data_mix.world.truth import make_brief, make_clip
 from data_mix.world.words import (
     CLASSES,
@@ -34,7 +34,7 @@ from mm.common.seeds import rng
 SPLITS = ("seen", "unseen")
 ALONE = {task: f"shop_{task.lower()}" for task in kc.TASKS if task != "CPV"}  # what is asked without follow-ups too
 SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "motion", "reorder", "shop",
-           *ALONE.values(), "text", "text_chat")  # fmt: skip
+           *ALONE.values(), "text", "text_chat", "told")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class WorldSize:
     shop: dict[str, int]
     text: int
     text_chat: int
+    told: int
     items: int
     users: int
     rows: int
@@ -75,9 +76,9 @@ def _shop(n: int) -> dict[str, int]:
 
 
 WORLD_SIZES = {
-    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
-    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 240, 300, 130, 250, 100, 160),
-    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 720, 900, 260, 500, 200, 200,
+    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 240, 300, 130, 250, 100, 160),
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 720, 900, 260, 500, 200, 200,
                       {"reorder": 900, "motion": 900}),
 }  # fmt: skip
 
@@ -102,7 +103,7 @@ def work(job: tuple) -> Any:
         return kc.kc_row(seed, *a)
     if kind == "item":
         return shop.make_item(seed, *a)
-    make = documents.document if kind == "text" else documents.chat
+    make = {"text": documents.document, "text_chat": documents.chat, "told": told.told}[kind]
     return [make(seed, i) for i in range(*a)]
 
 
@@ -312,12 +313,13 @@ class _World:
     # text
 
     def text_made(self) -> None:
-        for kind, n in (("text", self.size.text), ("text_chat", self.size.text_chat)):
+        for kind, n in (("text", self.size.text), ("text_chat", self.size.text_chat), ("told", self.size.told)):
             jobs = [(kind, self.seed, a, min(a + 100, n)) for a in range(0, n, 100)]
             samples = [s for part in self.crew.run(jobs) for s in part]
             for i, sample in enumerate(samples):
                 self.sources[kind].write(f"{kind}-{i:06d}", sample, {})
-            self.lines(f"text/{kind}.jsonl", samples)
+            if kind != "told":
+                self.lines(f"text/{kind}.jsonl", samples)
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -332,7 +334,7 @@ class _World:
 def _jobs_in(size: WorldSize) -> int:
     tests = 2 * (size.rows // 2 + 2 * (size.rows - size.rows // 2))
     kc_jobs = sum(size.shop.values()) + 12 * size.kc_rows
-    texts = -(-size.text // 100) + -(-size.text_chat // 100)
+    texts = sum(-(-n // 100) for n in (size.text, size.text_chat, size.told))
     stills = sum(size.families.values()) + 6 * size.rows
     return size.clips + size.briefs + tests + stills + size.items + kc_jobs + texts
 

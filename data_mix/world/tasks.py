@@ -64,7 +64,7 @@ def language(random: np.random.Generator) -> str:
     return "zh" if random.random() < 0.15 else "en"
 
 
-def _video(frames: list[int] | None = None) -> list[dict]:
+def video_part(frames: list[int] | None = None) -> list[dict]:
     part: dict[str, Any] = {"type": "video", "video": "mp4"}
     return [{**part, "frames": frames} if frames else part]
 
@@ -83,7 +83,7 @@ def video_caption(truth: dict, random: np.random.Generator) -> dict:
         turns = [{"type": "dense", "q": "", "a": text.dense_caption(truth, lang, random)}]
     elif len(truth["events"]) > 1:
         turns.insert(0, text.order(truth, lang, random))
-    return stills.conversation(_video(), turns, "video_caption", {"lang": lang})
+    return stills.conversation(video_part(), turns, "video_caption", {"lang": lang})
 
 
 def video_qa(truth: dict, random: np.random.Generator) -> dict:
@@ -96,14 +96,15 @@ def video_qa(truth: dict, random: np.random.Generator) -> dict:
     if first and len(truth["events"]) > 1:
         first.insert(0, text.order(truth, lang, random))
     turns = text.clip_questions(truth, lang, random, first[-1]["a"] if first else "")
-    return stills.conversation(_video(), [*first, *turns[: int(random.integers(4, 8))]], "video_qa", {"lang": lang})
+    turns = [*first, *turns[: int(random.integers(4, 8))]]
+    return stills.conversation(video_part(), turns, "video_qa", {"lang": lang})
 
 
 def motion(truth: dict, lang: str) -> dict | None:
     """What each thing does that slides, rises, falls or bounces, and nothing besides (of brief clips): told only by
     comparing frames, and in a caption one word of twenty. None where nothing does."""
     turns = [text.action(truth, e, lang) for e in truth["events"] if e["motion"] not in ("splits", "vanishes")]
-    return stills.conversation(_video(), turns, "motion", {"lang": lang}) if turns else None
+    return stills.conversation(video_part(), turns, "motion", {"lang": lang}) if turns else None
 
 
 def _places(truth: dict) -> list[np.ndarray]:
@@ -146,7 +147,7 @@ def reorder(truth: dict, random: np.random.Generator) -> dict | None:
     )
     answer = " ".join(str(order.index(i) + 1) for i in range(len(kept)))
     turn = {"type": "reorder", "q": q, "a": answer}
-    return stills.conversation(_video([kept[i] for i in order]), [turn], "reorder", {"lang": lang})
+    return stills.conversation(video_part([kept[i] for i in order]), [turn], "reorder", {"lang": lang})
 
 
 def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, dict]:
@@ -189,6 +190,11 @@ def _same_place(truth: dict, i: int, a: int, b: int) -> bool:
     return float(np.abs(np.subtract(before, after)).max()) <= min(truth["width"], truth["height"]) / 30
 
 
+def span(t: float, half: float) -> str:
+    """The seconds around t, as the grounding format writes them."""
+    return f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
+
+
 def named_clip(seed: int, name: str, truth: dict, frames: int = 3) -> dict:
     """Some frames of a brief clip, evenly spread, with everything plain to see in each, called by what it is, what
     it does, and whether it is where it is in that frame alone."""
@@ -198,9 +204,9 @@ def named_clip(seed: int, name: str, truth: dict, frames: int = 3) -> dict:
     for k in shown:
         t = truth["times"][k]
         names = [_acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
-        span = f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
-        lines.append(span + "".join(stills.regions_in(truth, k, names, lang)))
-    return stills.conversation(_video(shown), [stills.regions_turn("\n".join(lines), lang)], "tracks", {"lang": lang})
+        lines.append(span(t, half) + "".join(stills.regions_in(truth, k, names, lang)))
+    turn = stills.regions_turn("\n".join(lines), lang)
+    return stills.conversation(video_part(shown), [turn], "tracks", {"lang": lang})
 
 
 def named_frames(seed: int, name: str, frames: list[np.ndarray], truth: dict) -> list[tuple[str, dict, bytes]]:

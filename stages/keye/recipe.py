@@ -1,10 +1,10 @@
 """Keye-VL's recipe as a pipeline, and the commands that run, show and plan it.
 
-    world -> tokenizer -> text, words -> s0_vit -> s1_align -> s2_multitask (-> s2_practice, in long runs)
+    world -> tokenizer -> text -> told, words -> s0_vit -> s1_align -> s2_multitask (-> s2_practice, in long runs)
           -> s3_anneal_image, s3_anneal_video -> s3_merge -> eval
 
-At small and 8b `world`, `tokenizer`, `text`, `words` and `s2_practice` fall away: data come from --data, the decoder
-from --qwen3, the tower from --siglip.
+At small and 8b `world`, `tokenizer`, `text`, `told`, `words` and `s2_practice` fall away: data come from --data, the
+decoder from --qwen3, the tower from --siglip.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from mm.merge import average
 from stages import launch
 from stages.engine import plan as planning
 from stages.environment import cores, device_of, environment
-from stages.keye import s0_vit, s1_align, s2_multitask, s2_practice, s3_anneal, text, words
+from stages.keye import s0_vit, s1_align, s2_multitask, s2_practice, s3_anneal, text, told, words
 from stages.keye.run import Means, empty, place_of, run_stage, texts_of, train_tokenizer
 from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
@@ -43,6 +43,7 @@ from stages.stage import FREE, Stage
 STAGES: dict[str, Callable[[str], Stage]] = {
     "keye.words": words.stage,  # before text: the report's graph then has the tower's road in one row
     "keye.text": text.stage,
+    "keye.told": told.stage,
     "keye.s0_vit": s0_vit.stage,
     "keye.s1_align": s1_align.stage,
     "keye.s2_multitask": s2_multitask.stage,
@@ -50,9 +51,9 @@ STAGES: dict[str, Callable[[str], Stage]] = {
     "keye.s3_anneal_image": partial(s3_anneal.stage, mixture="image"),
     "keye.s3_anneal_video": partial(s3_anneal.stage, mixture="video"),
 }
-TINY_ONLY = ("keye.text", "keye.words", "keye.s2_practice")
+TINY_ONLY = ("keye.text", "keye.told", "keye.words", "keye.s2_practice")
 LONG = 2  # from this --scale on, a run has the larger world, and s2_practice: there s2 has taught what that builds on
-ENDS = {"text": "text", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
+ENDS = {"text": "text", "told": "told", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
 ANNEALED = ("s3_anneal_image", "s3_anneal_video")
 SCORED = ("s1", "s2", "s3")  # what can answer questions
 GIVEN = {"world": "world.json", "qwen3": "config.json", "siglip": "config.json"}  # option -> what its folder holds

@@ -26,7 +26,7 @@ OPTIM = {
 def stage(size: str) -> Stage:
     return Stage(
         name="keye.s1_align", size=size, doc=__doc__, model=SIZES[size],
-        start=["text" if size == "tiny" else "qwen3", "s0_vit"],
+        start=["told" if size == "tiny" else "qwen3", "s0_vit"],
         train={"mlp_AR.*": 1.0},
         mix=[SourceSpec("vit_pairs", 0.5), SourceSpec("caption", 0.3), SourceSpec("video_caption", 0.2)],
         optim=OPTIM[size], budget=BUDGETS[size], precision="auto",

@@ -3,12 +3,14 @@
 from mm.common.config import nearest
 from mm.common.errors import UserError
 from stages.objectives.contrastive import Contrastive
-from stages.objectives.next_token import NextToken
+from stages.objectives.next_token import NextToken, ToldNextToken
 from stages.objectives.objective import Objective
 from stages.objectives.words import Words
 from stages.stage import ObjectiveSpec
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "contrastive": Contrastive, "words": Words}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "next_token": NextToken, "told": ToldNextToken, "contrastive": Contrastive, "words": Words,
+}  # fmt: skip
 
 
 def make(spec: ObjectiveSpec) -> Objective:

@@ -48,6 +48,12 @@ class NextToken(Objective):
         return _batch(model, lengths, grids(min(budget.visual_tokens, (length - 2) * pieces), pieces), trained=True)
 
 
+class ToldNextToken(NextToken):
+    """The same for conversations whose pictures are told in words (`mm.told`)."""
+
+    kind = "told"
+
+
 def _batch(model: Any, lengths: list[int], grid: torch.Tensor, *, trained: bool) -> Batch:
     patch, merge = model.config.vision.patch_size, model.config.merge_size
     starts = torch.tensor([0, *lengths]).cumsum(0)

@@ -1,0 +1,132 @@
+"""Told pictures as data: what the world tells, how packs carry it, and that shown and told are never mixed up."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from data_mix.loader import Loader
+from data_mix.mix import Mix, SourceSpec
+from data_mix.pack import PackPlan
+from data_mix.regions import in_patches, regions_of
+from data_mix.shards import ShardWriter
+from data_mix.world.told import told
+from data_mix.world.words import HELD_COLOUR_SHAPE, MOTIONS
+from mm.common.errors import BadSample, UserError
+from mm.sizes import PROCESSORS, SIZES
+from mm.told import Told, spelt
+from tests.data_mix.made import picture, turn
+
+PROCESSOR = PROCESSORS["tiny"]
+
+
+def names_of(sample):
+    return {r.phrase for told in sample["told"].values() for r in regions_of(told)}
+
+
+def listed(sample):
+    """The words of each thing on the list, without what it does."""
+    items = sample["messages"][0]["content"][1]["text"].split(", ")
+    return [item.split(" ") for item in items]
+
+
+def test_the_list_says_everything_once_from_any_word_on():
+    samples = [s for s in (told(3, i) for i in range(150)) if s["meta"]["lang"] == "en"]
+    starts = Counter()
+    for sample in samples:
+        items, names = listed(sample), names_of(sample)
+        moving = "mp4" in sample["media"]
+        things = [i for i in items if len(i) > 1]
+        assert sorted(sorted(i[:3]) for i in things) == sorted(sorted(n.split(" ")) for n in names if " " in n)
+        assert sorted(i[0] for i in items if len(i) == 1) == sorted(n for n in names if " " not in n)
+        acts = [" ".join(i[3:]) for i in things]
+        assert set(acts) <= ({*MOTIONS, "still"} if moving else {""})
+        assert "still" not in acts[: sum(a != "still" for a in acts)]  # what moves comes first
+        starts.update(("colour", "material", "shape")[" ".join(i[:3]) == n or 2 * (i[0] == n.split(" ")[2])]
+                      for i in things for n in names if sorted(i[:3]) == sorted(n.split(" ")))  # fmt: skip
+    assert min(starts.values()) > 100 and len(starts) == 3
+    said = {(n.split(" ")[0], n.split(" ")[2]) for s in samples for n in names_of(s) if " " in n}
+    assert set(HELD_COLOUR_SHAPE) < said  # nobody drew them
+
+
+def test_the_order_of_moving_is_the_scenes():
+    """A clip's boxes tell it: what is listed first leaves its place first."""
+    checked = 0
+    for i in range(2, 150, 3):
+        sample = told(4, i)
+        movers = [" ".join(w) for w in listed(sample) if len(w) > 3 and w[3] in ("slides", "rises", "falls")]
+        if sample["meta"]["lang"] != "en" or len(movers) != 2:
+            continue
+        regions, first = regions_of(sample["told"]["mp4"]), []
+        for mover in movers:
+            places = [r.box for r in regions if sorted(r.phrase.split(" ")) == sorted(mover.split(" ")[:3])]
+            away = [max(abs(a - b) for a, b in zip(box, places[0], strict=True)) > 30 for box in places]
+            first.append(away.index(True))
+        assert first[0] < first[1]
+        checked += 1
+    assert checked > 5
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("told") / "told"
+    with ShardWriter(folder, "told") as w:
+        for i in range(12):
+            w.write(f"told{i}", told(3, i), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shown") / "shown"
+    with ShardWriter(folder, "shown") as w:
+        w.write("a", {"messages": turn("a red circle", "0.png")}, {"0.png": picture(1)})
+    return folder
+
+
+def test_packs_carry_the_words_to_their_places(source, tokenizer):
+    plan = PackPlan(Mix([SourceSpec(source)]), PROCESSOR, tokenizer, 1024, 512, kind="told")
+    assert not plan.refused
+    model = Told(SIZES["tiny"].bound(tokenizer))
+    patch, seen = PROCESSOR.patch_size, 0
+    with Loader(plan, packs_per_step=1, workers=0) as loader:
+        (batch,) = next(loader)
+    model.embed(batch)  # placeholders, grids and patches agree
+    starts = [0, *batch.grid_thw.prod(1).cumsum(0).tolist()]
+    for name, grid, start in zip(batch.draws, batch.grid_thw.tolist(), starts, strict=False):
+        sample = told(3, int(name.split("told")[-1].split("#")[0]))
+        said = spelt(batch.pixel_values[start : start + grid[0] * grid[1] * grid[2]], patch).view(*grid, -1)
+        here = torch.zeros(grid, dtype=torch.bool)
+        for region in regions_of(next(iter(sample["told"].values()))):
+            frame = 0 if region.span is None else round(sum(region.span))  # spans are half a second around i / 2
+            top, left, bottom, right = in_patches(region.box, *grid[1:])
+            ids = tokenizer.encode(" " + region.phrase)
+            for place in said[frame, top:bottom, left:right].reshape(-1, patch).tolist():
+                assert any(place[k : k + len(ids)] == ids for k in range(patch)) or place[-1] >= 0
+            here[frame, top:bottom, left:right] = True
+            seen += 1
+        assert (said[~here] == -1).all() and (said[here][:, 0] >= 0).all()
+    assert seen > 10
+
+
+def test_shown_and_told_are_not_mixed_up(source, shown, tokenizer):
+    for folder, kind, reason in ((source, "packs", "told and not shown"), (shown, "told", "shown and not told")):
+        with pytest.raises(UserError, match=f"its pictures are {reason}"):
+            PackPlan(Mix([SourceSpec(folder)]), PROCESSOR, tokenizer, 1024, 512, kind=kind)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"told": {}}, "not in the shard"), ({"told": {"0.jpg": 3}}, "told is not a text"),
+    ({"told": ["0.jpg"]}, "told is not a text"),
+])  # fmt: skip
+def test_what_is_not_told_right_is_not_written(tmp_path, change, reason):
+    with ShardWriter(tmp_path / "t", "t") as w, pytest.raises(BadSample, match=reason):
+        w.write("bad", {**told(3, 0), **change}, {})
+
+
+def test_a_picture_of_which_nothing_is_told_is_refused(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "t", "t") as w:
+        w.write("bad", {**told(3, 0), "told": {"0.jpg": "nothing"}}, {})
+        w.write("good", told(3, 0), {})
+    plan = PackPlan(Mix([SourceSpec(tmp_path / "t")]), PROCESSOR, tokenizer, 1024, 512, kind="told")
+    assert [(b.key, b.reason) for b in plan.refused] == [("bad", "the caption names no region")]
