@@ -10,17 +10,17 @@ import numpy as np
 
 from data_mix.world import kc, shop, text
 from data_mix.world.scene import draw_sign_text
-from data_mix.world.stills import numbered
+from data_mix.world.stills import Shot, numbered
 from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, MOTIONS, SHAPES, SIZES, full_phrase, phrase, say
 from mm.common.seeds import rng
 
-ALL = tuple(itertools.product(COLOURS, SHAPES))
+_ALL = tuple(itertools.product(COLOURS, SHAPES))
 
 
 def imagined(random: np.random.Generator, *, moving: bool) -> dict[str, Any]:
     """A truth without a picture: things from left to right, events in order."""
     n = int(random.integers(1, 5))
-    pairs = [ALL[i] for i in random.permutation(len(ALL))[:n]]
+    pairs = [_ALL[i] for i in random.permutation(len(_ALL))[:n]]
     things = [
         {"colour": c, "shape": s, "material": str(random.choice(MATERIALS)), "size": str(random.choice(SIZES))}
         for c, s in pairs
@@ -61,7 +61,7 @@ def _told(truth: dict, turn: text.Turn, lang: str, said: str) -> bool:
 
 
 def _shop_fact(random, lang: str) -> tuple[str, list[text.Turn]]:
-    c, s = ALL[int(random.integers(len(ALL)))]
+    c, s = _ALL[int(random.integers(len(_ALL)))]
     thing = {"colour": c, "shape": s, "material": str(random.choice(MATERIALS)), "size": str(random.choice(SIZES))}
     price = int(random.integers(3, 100))
     name = full_phrase(c, s, thing["material"], thing["size"], lang)
@@ -110,7 +110,7 @@ def _twice(seed: int, name: str) -> tuple[str, list[str]]:
     lang = "zh" if random.random() < 0.3 else "en"
     things = []
     for _ in range(int(random.integers(2, 7))):
-        c, s = ALL[int(random.integers(len(ALL)))]
+        c, s = _ALL[int(random.integers(len(_ALL)))]
         things.append(full_phrase(c, s, str(random.choice(MATERIALS)), str(random.choice(SIZES)), lang))
     comma = "、" if lang == "zh" else ", "
     return lang, [comma.join(things), comma.join(things[i] for i in random.permutation(len(things)))]
@@ -130,7 +130,7 @@ _SHOP = {"CPV": 0.1, "Video_Topic": 0.15, "Video_Order": 0.15, "PornComment": 0.
 _SIDES = {"en": (" on the left.", " in the middle.", " on the right."), "zh": ("在左边。", "在中间。", "在右边。")}
 
 
-def told(lang: str) -> kc.Shot:
+def told(lang: str) -> Shot:
     """What stands for a camera in `kc`: (a caption, its truth), nothing drawn. A place asked for is said."""
 
     def shot(random, things: list, *, signs: list[str] | None = None, **_: Any) -> tuple[str, dict[str, Any]]:

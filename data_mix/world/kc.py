@@ -13,7 +13,7 @@ import numpy as np
 
 from data_mix.world import shop
 from data_mix.world.scene import draw_sign_text
-from data_mix.world.stills import Pair, any_pair, change_one, picture, unsized
+from data_mix.world.stills import Pair, Shot, any_pair, change_one, picture, unsized
 from data_mix.world.text import Turn
 from data_mix.world.words import (
     COLOUR_SHAPE,
@@ -27,7 +27,6 @@ from data_mix.world.words import (
 from mm.common.seeds import rng
 
 Pairs = Sequence[Pair]
-Shot = Callable[..., tuple[Any, dict]]  # (random, things, signs=, size=, scale=, limit=) -> (picture or words, truth)
 # The Chinese suffix is KC-MMBench's own (published format); the English one says the same.
 SUFFIX = {
     "zh": "\n请直接给出结论，回答是或者否，不需要做额外分析，并且不许回答不确定",

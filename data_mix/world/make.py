@@ -33,8 +33,9 @@ from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
 ALONE = {task: f"shop_{task.lower()}" for task in kc.TASKS if task != "CPV"}  # what is asked without follow-ups too
+TEXTS = ("text", "text_chat", "told", "told_task")  # no media of their own
 SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "motion", "reorder", "shop",
-           *ALONE.values(), "text", "text_chat", "told")  # fmt: skip
+           *ALONE.values(), *TEXTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class WorldSize:
     text: int
     text_chat: int
     told: int
+    told_task: int
     items: int
     users: int
     rows: int
@@ -76,10 +78,10 @@ def _shop(n: int) -> dict[str, int]:
 
 
 WORLD_SIZES = {
-    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
-    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 240, 300, 130, 250, 100, 160),
-    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 720, 900, 260, 500, 200, 200,
-                      {"reorder": 900, "motion": 900}),
+    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 6000, 240, 300, 130, 250, 100, 160),
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 18000, 720, 900, 260, 500, 200,
+                      200, {"reorder": 900, "motion": 900}),
 }  # fmt: skip
 
 
@@ -103,7 +105,8 @@ def work(job: tuple) -> Any:
         return kc.kc_row(seed, *a)
     if kind == "item":
         return shop.make_item(seed, *a)
-    make = {"text": documents.document, "text_chat": documents.chat, "told": told.told}[kind]
+    make = {"text": documents.document, "text_chat": documents.chat, "told": told.told,
+            "told_task": told.told_task}[kind]
     return [make(seed, i) for i in range(*a)]
 
 
@@ -313,12 +316,13 @@ class _World:
     # text
 
     def text_made(self) -> None:
-        for kind, n in (("text", self.size.text), ("text_chat", self.size.text_chat), ("told", self.size.told)):
+        for kind in TEXTS:
+            n = getattr(self.size, kind)
             jobs = [(kind, self.seed, a, min(a + 100, n)) for a in range(0, n, 100)]
             samples = [s for part in self.crew.run(jobs) for s in part]
             for i, sample in enumerate(samples):
                 self.sources[kind].write(f"{kind}-{i:06d}", sample, {})
-            if kind != "told":
+            if kind in ("text", "text_chat"):
                 self.lines(f"text/{kind}.jsonl", samples)
 
     def counts(self) -> dict[str, Any]:
@@ -334,7 +338,7 @@ class _World:
 def _jobs_in(size: WorldSize) -> int:
     tests = 2 * (size.rows // 2 + 2 * (size.rows - size.rows // 2))
     kc_jobs = sum(size.shop.values()) + 12 * size.kc_rows
-    texts = sum(-(-n // 100) for n in (size.text, size.text_chat, size.told))
+    texts = sum(-(-getattr(size, kind) // 100) for kind in TEXTS)
     stills = sum(size.families.values()) + 6 * size.rows
     return size.clips + size.briefs + tests + stills + size.items + kc_jobs + texts
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_mix.world import text
-from data_mix.world.scene import draw_sign_text
+from data_mix.world.scene import Scene, draw_sign_text
 from data_mix.world.text import Turn, short, unique
 from data_mix.world.truth import make_still, still_scene
 from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, SHAPES, phrase, say
@@ -14,6 +14,7 @@ from mm.common.seeds import rng
 
 Pair = tuple[str, str]
 Sample = dict[str, Any]
+Shot = Callable[..., tuple[Any, dict]]  # (random, things, signs=, size=, scale=, limit=) -> (picture or words, truth)
 # Whole patches, which the processor keeps.
 CLOSE_SIZES = ((84, 84), (84, 112), (112, 84), (112, 112), (84, 140), (140, 84))
 SIGN_SIZES = ((112, 112), (140, 112), (112, 140))
@@ -32,10 +33,14 @@ def distinct_pairs(random: np.random.Generator, n: int, first: Pair | None = Non
     return out
 
 
+def scene_of(random: np.random.Generator, things: list, **kw: Any) -> Scene:
+    """A still's scene; `things` are pairs or (pair, fixed attributes)."""
+    return still_scene(random, [t if isinstance(t[1], dict) else (t, {}) for t in things], **kw)
+
+
 def picture(random: np.random.Generator, things: list, **kw: Any) -> tuple[bytes, dict]:
-    """(jpg, truth) of a still; `things` are pairs or (pair, fixed attributes)."""
-    full = [t if isinstance(t[1], dict) else (t, {}) for t in things]
-    _, jpg, truth = make_still(still_scene(random, full, **kw), random)
+    """(jpg, truth) of a still; arguments as of `scene_of`."""
+    _, jpg, truth = make_still(scene_of(random, things, **kw), random)
     return jpg, truth
 
 
@@ -101,9 +106,9 @@ def sign_box(s: dict, truth: dict, lang: str) -> Turn:
     return {"type": "ocr_box", "q": "框出牌子并读出来。" if lang == "zh" else "Box and read the sign.", "a": answer}
 
 
-def _caption(random, lang: str) -> tuple[list[dict], list[bytes], list[Turn]]:
+def _caption(shot: Shot, random, lang: str) -> tuple[list[dict], list[Any], list[Turn]]:
     """A dense caption; one in four as a conversation that begins with the plain one."""
-    jpg, truth = picture(random, distinct_pairs(random, int(random.integers(1, 5))), signs=_maybe_sign(random, 0.4))
+    jpg, truth = shot(random, distinct_pairs(random, int(random.integers(1, 5))), signs=_maybe_sign(random, 0.4))
     if random.random() < 0.75:
         return [truth], [jpg], [{"type": "dense", "q": "", "a": text.dense_caption(truth, lang, random)}]
     request = text.REQUESTS["image", lang][0 if random.random() < 0.5 else int(random.integers(1, 3))]
@@ -115,21 +120,21 @@ def _maybe_sign(random: np.random.Generator, share: float) -> list[str]:
     return [draw_sign_text(random)] if random.random() < share else []
 
 
-def _vit_pairs(random, lang: str):
+def _vit_pairs(shot: Shot, random, lang: str):
     """Mostly close-ups of one thing, some of a sign, some whole pictures: many a pack, of many aspect ratios."""
     kind = random.random()
     if kind < 0.65:
         size = CLOSE_SIZES[int(random.integers(len(CLOSE_SIZES)))]
-        jpg, truth = picture(random, distinct_pairs(random, 1), size=size, scale=random.uniform(1.1, 2.0))
+        jpg, truth = shot(random, distinct_pairs(random, 1), size=size, scale=random.uniform(1.1, 2.0))
         name = unsized(truth["things"][0], lang)
         said = f"一个{name}。" if lang == "zh" else f"a {name}."
     elif kind < 0.83:
         size = SIGN_SIZES[int(random.integers(len(SIGN_SIZES)))]
-        jpg, truth = picture(random, distinct_pairs(random, 1), signs=[draw_sign_text(random)], size=size)
+        jpg, truth = shot(random, distinct_pairs(random, 1), signs=[draw_sign_text(random)], size=size)
         said = text.caption(truth, lang)
     else:
         things = distinct_pairs(random, int(random.integers(1, 4)))
-        jpg, truth = picture(random, things, signs=_maybe_sign(random, 0.35))
+        jpg, truth = shot(random, things, signs=_maybe_sign(random, 0.35))
         said = text.caption(truth, lang)
     return [truth], [jpg], [{"type": "pair", "q": "", "a": said}]
 
@@ -139,8 +144,8 @@ def unsized(thing: dict, lang: str) -> str:
     return ("" if lang == "zh" else " ").join(say(thing[k], lang) for k in ("colour", "material", "shape"))
 
 
-def _ocr(random, lang: str):
-    jpg, truth = picture(random, distinct_pairs(random, int(random.integers(1, 4))), signs=[draw_sign_text(random)])
+def _ocr(shot: Shot, random, lang: str):
+    jpg, truth = shot(random, distinct_pairs(random, int(random.integers(1, 4))), signs=[draw_sign_text(random)])
     a, b = text.SIGN_REQUESTS[lang]
     read = [{"type": "ocr", "q": a if random.random() < 0.5 else b, "a": truth["signs"][0]["text"]}]
     rest = [t for t in text.still_questions(truth, lang, random) if t["type"] != "ocr"]
@@ -149,8 +154,8 @@ def _ocr(random, lang: str):
     return [truth], [jpg], text.distinct(read + rest)[:4]
 
 
-def _grounding(random, lang: str):
-    jpg, truth = picture(random, distinct_pairs(random, int(random.integers(2, 5))), signs=_maybe_sign(random, 0.3))
+def _grounding(shot: Shot, random, lang: str):
+    jpg, truth = shot(random, distinct_pairs(random, int(random.integers(2, 5))), signs=_maybe_sign(random, 0.3))
     return [truth], [jpg], grounding_turns(truth, lang, random)[:7]
 
 
@@ -192,21 +197,23 @@ def how_many(truth: dict, kind: str, pair: Pair) -> int:
 KINDS = ("all", "colour", "shape", "pair")
 
 
-def counting_picture(random: np.random.Generator, kind: str, k: int, pair: Pair) -> tuple[bytes, dict]:
+def counting_picture(
+    shot: Shot, random: np.random.Generator, kind: str, k: int, pair: Pair
+) -> tuple[Any, dict]:
     """Drawn again until exactly k are there, all of them plain to see."""
     while True:
         things = counting_things(random, kind, k, pair)
         scale = 0.95 if len(things) < 4 else 0.78
         fixed = [(p, {"size": "small"}) if len(things) > 3 else (p, {}) for p in things]
-        jpg, truth = picture(random, fixed, scale=scale, limit=0.12)
+        jpg, truth = shot(random, fixed, scale=scale, limit=0.12)
         if how_many(truth, kind, pair) == k and text.counted(truth, 0) and len(truth["things"]) == len(things):
             return jpg, truth
 
 
-def _counting(random, lang: str):
+def _counting(shot: Shot, random, lang: str):
     kind, k = KINDS[int(random.integers(4))], int(random.integers(1, 6))
     pair = any_pair(random)
-    jpg, truth = counting_picture(random, kind, k, pair)
+    jpg, truth = counting_picture(shot, random, kind, k, pair)
     turns = [{"type": "count", "q": count_question(kind, pair, lang), "a": str(k)}]
     for t in truth["things"]:
         other, p = KINDS[int(random.integers(4))], (t["colour"], t["shape"])
@@ -218,21 +225,21 @@ def _counting(random, lang: str):
     return [truth], [jpg], text.distinct(turns)[:5]
 
 
-def _vqa(random, lang: str):
-    jpg, truth = picture(random, distinct_pairs(random, int(random.integers(2, 5))), signs=_maybe_sign(random, 0.35))
+def _vqa(shot: Shot, random, lang: str):
+    jpg, truth = shot(random, distinct_pairs(random, int(random.integers(2, 5))), signs=_maybe_sign(random, 0.35))
     return [truth], [jpg], text.still_questions(truth, lang, random)[:7]
 
 
-def _interleaved(random, lang: str):
+def _interleaved(shot: Shot, random, lang: str):
     """2-4 pictures: which shows it, which says it, which has more; or one thing twice: same or not, and in what."""
     if random.random() < 0.4:
-        return _twice(random, lang)
+        return _twice(shot, random, lang)
     n = int(random.integers(2, 5))
     heroes = distinct_pairs(random, n)
     shots = []
     for i in range(n):
         extra = [any_pair(random, without=heroes) for _ in range(int(random.integers(0, 2)))]
-        shots.append(picture(random, [heroes[i], *extra], signs=_maybe_sign(random, 0.3), size=_small(random)))
+        shots.append(shot(random, [heroes[i], *extra], signs=_maybe_sign(random, 0.3), size=_small(random)))
     truths = [t for _, t in shots]
     turns: list[Turn] = []
     for i in random.permutation(n)[:3]:
@@ -268,13 +275,13 @@ def change_one(random: np.random.Generator, pair: Pair, material: str, attribute
     return pool[int(random.integers(len(pool)))], material
 
 
-def _twice(random, lang: str):
+def _twice(shot: Shot, random, lang: str):
     pair, material = any_pair(random), str(random.choice(MATERIALS))
     same = random.random() < 0.5
     attribute = "none" if same else str(random.choice(["colour", "shape", "material"], p=[0.4, 0.4, 0.2]))
     other, stuff = (pair, material) if same else change_one(random, pair, material, attribute)
     shots = [
-        picture(random, [(p, {"material": m, "size": "large"})], size=_small(random), scale=1.3)
+        shot(random, [(p, {"material": m, "size": "large"})], size=_small(random), scale=1.3)
         for p, m in ((pair, material), (other, stuff))
     ]
     zh = lang == "zh"
@@ -312,7 +319,7 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
     name = f"{family}-{index:06d}"
     random = rng(seed, "still", name)
     lang = "zh" if random.random() < 0.15 else "en"
-    truths, jpgs, turns = FAMILIES[family](random, lang)
+    truths, jpgs, turns = FAMILIES[family](picture, random, lang)
     sample = conversation(numbered(len(jpgs), lang), turns, family, {"lang": lang, "truths": truths})
     sample["media"] = media_facts(truths)
     return {"key": name, "sample": sample, "media": {f"{i}.jpg": j for i, j in enumerate(jpgs)}, "truths": truths}

@@ -161,13 +161,16 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     mixed = reorder(truth, rng(seed, "reorder", name))
     if mixed:
         samples["reorder"] = mixed
-    facts = {
+    for s in samples.values():
+        s["media"], s["meta"]["clip"] = {"mp4": clip_facts(truth)}, name
+    return samples
+
+
+def clip_facts(truth: dict) -> dict[str, Any]:
+    return {
         "kind": "video", "width": truth["width"], "height": truth["height"], "frames": truth["frames"],
         "fps": float(truth["fps"]), "seconds": truth["seconds"], "rotation": 0, "audio": truth["fps"] == FPS,
     }  # fmt: skip
-    for s in samples.values():
-        s["media"], s["meta"]["clip"] = {"mp4": facts}, name
-    return samples
 
 
 def _acting(truth: dict, i: int, k: int, shown: list[int], lang: str) -> str:
@@ -263,7 +266,7 @@ def eval_still(seed: int, task: str, split: str, index: int, pair: tuple[str, st
     file = f"stills/test/{task}-{split}-{index:04d}.jpg"
     if task == "counting":
         kind = stills.KINDS[index % 4]
-        jpg, truth = stills.counting_picture(random, kind, k, pair)
+        jpg, truth = stills.counting_picture(stills.picture, random, kind, k, pair)
         turn = {"type": "count", "q": stills.count_question(kind, pair, "en"), "a": str(k)}
     else:
         signs = [draw_sign_text(random)] if task == "ocr" or random.random() < 0.3 else []

@@ -1,84 +1,106 @@
-"""Pictures and clips told instead of drawn: things named in their boxes, in the published grounding format.
+"""Pictures and clips told instead of drawn: what stands for their pixels names things in their boxes, in the
+published grounding format.
 
-For a decoder that is to look things up in a picture before there is a tower to see one (`stages/keye/told.py`).
-Nobody drew these scenes, so all pairs may come, as in `documents`. The text says each thing once, in any order
-(what moves: in the order of moving), beginning with any of its words: from there on every word has to be looked up.
+For a decoder that is to learn to read a picture before there is a tower to see one (`stages/keye/told.py`). What
+training never shows is never told either.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from data_mix.world import stills, tasks, text
-from data_mix.world.documents import ALL
+from data_mix.world import kc, stills, tasks, text
 from data_mix.world.motion import clip_scene
-from data_mix.world.scene import SAMPLE_FPS, Scene, Thing, boxes_of
-from data_mix.world.truth import still_scene
-from data_mix.world.words import MOTIONS, say
+from data_mix.world.scene import SAMPLE_FPS
+from data_mix.world.stills import Sample
+from data_mix.world.truth import Outline, brief, truth_of
+from data_mix.world.words import COLOUR_SHAPE, say
 from mm.common.seeds import rng
 
+# Samples of each kind: those of stage 2, without places, which no word tells.
+SHARES = {
+    "caption": 0.15, "ocr": 0.13, "counting": 0.15, "vqa": 0.09, "interleaved": 0.05, "video_caption": 0.15,
+    "video_qa": 0.1, "shop": 0.18,
+}  # fmt: skip
 
-def told(seed: int, index: int) -> dict[str, Any]:
-    """Sample `index`; every third a clip."""
+
+def told(seed: int, index: int) -> Sample:
+    """A scene (every third a clip) and a list of all in it, in any order (what moves: in the order of moving), each
+    thing from any of its words on: whatever word comes first, all that follow have to be looked up."""
     random = rng(seed, "told", index)
-    lang = tasks.language(random)
-    scene = _clip(random) if index % 3 == 2 else _still(random)
-    moving = scene.frames > 1
-    words = [_said(t, lang, random) for t in scene.things]
-    acts = [e.thing for e in scene.events]
+    lang, moving = tasks.language(random), index % 3 == 2
+    said, truth = _clip(random) if moving else _still(random)
+    names = [_turned(t, lang, random) for t in truth["things"]]
     blank = "" if lang == "zh" else " "
-    said = [words[e.thing] + blank + say(e.motion, lang) for e in scene.events]
-    rest = [words[i] + (blank + text.still(lang)) * moving for i in range(len(words)) if i not in acts]
-    rest += [s.text for s in scene.signs]
-    said += [rest[i] for i in random.permutation(len(rest))]
-    turn = {"type": "list", "q": "", "a": ("、" if lang == "zh" else ", ").join(said)}
+    acts = {e["thing"]: blank + say(e["motion"], lang) for e in truth["events"]}
+    rest = [n + (blank + text.still(lang)) * moving for i, n in enumerate(names) if i not in acts]
+    rest += [s["text"] for s in truth["signs"]]
+    listed = [names[i] + act for i, act in acts.items()] + [rest[i] for i in random.permutation(len(rest))]
+    turn = {"type": "list", "q": "", "a": ("、" if lang == "zh" else ", ").join(listed)}
     parts = tasks.video_part() if moving else stills.numbered(1, lang)
-    sample = stills.conversation(parts, [turn], "told", {"lang": lang})
-    name = parts[0][parts[0]["type"]]
-    return {**sample, "media": {name: _facts(scene)}, "told": {name: _in_boxes(scene)}}
+    return _sample(stills.conversation(parts, [turn], "told", {"lang": lang}), [said], [truth])
 
 
-def _still(random: np.random.Generator) -> Scene:
-    pairs = [ALL[i] for i in random.permutation(len(ALL))[: int(random.integers(2, 6))]]
-    signs = [stills.draw_sign_text(random)] if random.random() < 0.4 else []
-    return still_scene(random, [(p, {}) for p in pairs], signs=signs)
+def told_task(seed: int, index: int) -> Sample:
+    """A conversation of stage 2 about told pictures."""
+    random = rng(seed, "told task", index)
+    family, lang = str(random.choice(list(SHARES), p=list(SHARES.values()))), tasks.language(random)
+    if family == "shop":
+        return _shop(random)
+    if family in ("video_caption", "video_qa"):
+        said, truth = _clip(random)
+        make: Callable = tasks.video_caption if family == "video_caption" else tasks.video_qa
+        return _sample(make(truth, random), [said], [truth])
+    truths, pictures, turns = stills.FAMILIES[family](picture, random, lang)
+    return _sample(
+        stills.conversation(stills.numbered(len(truths), lang), turns, family, {"lang": lang}), pictures, truths
+    )
 
 
-def _clip(random: np.random.Generator) -> Scene:
-    hero = (*ALL[int(random.integers(len(ALL)))], MOTIONS[int(random.integers(len(MOTIONS)))])
-    return clip_scene(hero, random, second=random.random() < 0.65)
+def _shop(random: np.random.Generator) -> Sample:
+    lang = "zh" if random.random() < 0.5 else "en"
+    task = kc.TASKS[int(random.integers(len(kc.TASKS)))]
+    row = kc.MAKERS[task](picture, random, lang, COLOUR_SHAPE, int(random.integers(12)))
+    turns = [{"type": task, "q": row["question"], "a": row["answer"]}, *kc.follow_ups(row, lang, random)]
+    parts = [{"type": "image", "image": f"{i}.jpg"} for i in range(len(row["images"]))]
+    return _sample(stills.conversation(parts, turns, "shop", {"lang": lang}), row["images"], row["meta"]["truths"])
 
 
-def _said(thing: Thing, lang: str, random: np.random.Generator) -> str:
+def picture(random: np.random.Generator, things: list, **kw: Any) -> tuple[str, dict]:
+    """A `stills.Shot`: (what is told of a still, truth)."""
+    truth = truth_of(Outline(stills.scene_of(random, things, **kw)), [])
+    return in_boxes(truth), truth
+
+
+def _still(random: np.random.Generator) -> tuple[str, dict]:
+    pairs = stills.distinct_pairs(random, int(random.integers(2, 6)))
+    return picture(random, pairs, signs=[stills.draw_sign_text(random)] if random.random() < 0.4 else [])
+
+
+def _clip(random: np.random.Generator) -> tuple[str, dict]:
+    hero = tasks.TRAIN_HEROES[int(random.integers(len(tasks.TRAIN_HEROES)))]
+    truth = brief(truth_of(Outline(clip_scene(hero, random, second=random.random() < 0.65)), []))
+    return in_boxes(truth), truth
+
+
+def _turned(thing: dict, lang: str, random: np.random.Generator) -> str:
     """'red wood ball', 'ball red wood' or 'wood ball red'."""
     k = int(random.integers(3))
-    words = [say(v, lang) for v in (thing.colour, thing.material, thing.shape)]
+    words = [say(thing[key], lang) for key in ("colour", "material", "shape")]
     return ("" if lang == "zh" else " ").join(words[k:] + words[:k])
 
 
-def _facts(scene: Scene) -> dict[str, Any]:
-    size = {"width": scene.width, "height": scene.height}
-    if scene.frames == 1:
-        return {"kind": "image", **size}
-    n = len(scene.sampled)
-    return {"kind": "video", **size, "frames": n, "fps": float(SAMPLE_FPS), "seconds": n / SAMPLE_FPS, "rotation": 0,
-            "audio": False}  # fmt: skip
-
-
-def _in_boxes(scene: Scene) -> str:
+def in_boxes(truth: dict[str, Any]) -> str:
     """Everything by colour, material and shape, and every sign, in each sampled frame."""
-    names = [f"{t.colour} {t.material} {t.shape}" for t in scene.things]
-    signs = [{"text": s.text, "box": list(s.box)} for s in scene.signs]
-    lines = []
-    for k, frame in enumerate(scene.sampled):
-        boxes = [[_inside(b, scene) for b in boxes_of(t, int(frame))] for t in scene.things]
-        seen = [float(bool(parts)) for parts in boxes]
-        truth = {"width": scene.width, "height": scene.height, "boxes": [boxes], "seen": [seen], "signs": signs}
-        span = tasks.span(k / SAMPLE_FPS, 0.5 / SAMPLE_FPS) if scene.frames > 1 else ""
-        lines.append(span + "".join(stills.regions_in(truth, 0, names, "en")))
+    names = [stills.unsized(t, "en") for t in truth["things"]]
+    lines = ["".join(stills.regions_in(truth, k, names, "en")) for k in range(len(truth["boxes"]))]
+    if truth["seconds"]:
+        lines = [tasks.span(t, 0.5 / SAMPLE_FPS) + line for t, line in zip(truth["times"], lines, strict=True)]
     return "\n".join(lines)
 
 
-def _inside(box: tuple[float, ...], scene: Scene) -> list[int]:
-    x0, y0, x1, y1 = box
-    return [int(max(x0, 0)), int(max(y0, 0)), int(min(x1, scene.width)), int(min(y1, scene.height))]
+def _sample(sample: Sample, said: list[str], truths: list[dict]) -> Sample:
+    if truths[0]["seconds"]:
+        return {**sample, "media": {"mp4": tasks.clip_facts(truths[0])}, "told": {"mp4": said[0]}}
+    return {**sample, "media": stills.media_facts(truths), "told": {f"{i}.jpg": s for i, s in enumerate(said)}}

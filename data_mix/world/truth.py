@@ -10,7 +10,22 @@ from data_mix.world.scene import FPS, SAMPLE_FPS, Scene, crowding, draw_light, d
 from mm.common.seeds import rng
 
 
-def truth_of(stage: Stage, sounds: list[dict]) -> dict[str, Any]:
+class Outline:
+    """What `render.Stage` tells of a scene without painting it: a square around each part, and nothing hidden."""
+
+    def __init__(self, scene: Scene):
+        self.scene = scene
+
+    def boxes(self, i: int, frame: int) -> list[list[int]]:
+        w, h = self.scene.width, self.scene.height
+        found = scene.boxes_of(self.scene.things[i], frame)
+        return [[int(max(x0, 0)), int(max(y0, 0)), int(min(x1, w)), int(min(y1, h))] for x0, y0, x1, y1 in found]
+
+    def seen(self, frame: int) -> list[float]:
+        return [float(bool(self.boxes(i, frame))) for i in range(len(self.scene.things))]
+
+
+def truth_of(stage: Stage | Outline, sounds: list[dict]) -> dict[str, Any]:
     """Things, events (seconds), signs, and per sampled frame the tight boxes [thing][part][x1, y1, x2, y2] in px
     of the clip and the visible share of each thing; sounds: onset, kind, thing, pan, gain."""
     s = stage.scene
@@ -48,14 +63,20 @@ def make_brief(
     two frames a second sees anyway. The truth's times are those of this file."""
     s = motion.clip_scene(hero, rng(seed, "motion", name), second=second)
     stage = Stage(s, rng(seed, "look", name))
-    frames, truth = [stage.frame(int(i)) for i in s.sampled], truth_of(stage, [])
-    n = len(frames)
+    frames, truth = [stage.frame(int(i)) for i in s.sampled], brief(truth_of(stage, []))
+    return frames, encode.mp4(frames, SAMPLE_FPS, None), truth
+
+
+def brief(truth: dict[str, Any]) -> dict[str, Any]:
+    """The truth of a file that holds the sampled frames alone."""
+    n = len(truth["sampled"])
     times = [i / SAMPLE_FPS for i in range(n)]
+    events = []
     for event in truth["events"]:
         now = {k: round(float(np.interp(event[k], truth["times"], times)), 3) for k in ("t0", "t1")}
-        event |= {**now, "hits": []}
-    truth |= {"frames": n, "fps": SAMPLE_FPS, "seconds": n / SAMPLE_FPS, "sampled": list(range(n)), "times": times}
-    return frames, encode.mp4(frames, SAMPLE_FPS, None), truth
+        events.append(event | {**now, "hits": []})
+    return truth | {"frames": n, "fps": SAMPLE_FPS, "seconds": n / SAMPLE_FPS, "sampled": list(range(n)),
+                    "times": times, "events": events}  # fmt: skip
 
 
 def still_scene(

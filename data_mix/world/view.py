@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_mix.regions import Region, regions_of
 from data_mix.shards import Source
 from data_mix.world.encode import read_mp4
 from data_mix.world.render import FONT
@@ -128,6 +129,26 @@ def _media(data: bytes, suffix: str) -> str:
     return _img(data, extra="height=130")
 
 
+def _told(text: str, facts: dict[str, Any]) -> str:
+    """What is told of a picture, or of the first and the last moment of a clip, each name in its box."""
+    moments: dict[Any, list[Region]] = {}
+    for region in regions_of(text):
+        moments.setdefault(region.span, []).append(region)
+    frames, height = list(moments.values()), 130
+    width = height * facts["width"] / facts["height"]
+    return "".join(_boxes(f, width, height) for f in (frames if len(frames) == 1 else (frames[0], frames[-1])))
+
+
+def _boxes(regions: list[Region], width: float, height: float) -> str:
+    out = f'<svg width={width:.0f} height={height} style="outline:1px solid #8884" fill=none stroke=currentColor>'
+    for r in regions:
+        x, y, right, bottom = (v * side / 1000 for v, side in zip(r.box, (width, height) * 2, strict=True))
+        out += f'<rect x={x:.0f} y={y:.0f} width={right - x:.0f} height={bottom - y:.0f} stroke-opacity=".5"></rect>'
+        words = "".join(f"<tspan x={x + 3:.0f} dy=10>{_e(w)}</tspan>" for w in r.phrase.split(" "))
+        out += f"<text y={y:.0f} font-size=9 fill=currentColor stroke=none>{words}</text>"
+    return out + "</svg>"
+
+
 def _part_text(content: Any) -> str:
     if isinstance(content, str):
         return content
@@ -146,7 +167,11 @@ def _source_card(root: Path, name: str, number: int) -> str:
     source = Source(root / "sources" / name)
     i = number % len(source.keys)
     sample = source.sample(i)
-    shown = "".join(_media(source.member(i, s), s) for s in sorted(sample.get("media") or {}))
+    told = sample.get("told", {})
+    shown = "".join(
+        _told(told[s], facts) if s in told else _media(source.member(i, s), s)
+        for s, facts in sorted((sample.get("media") or {}).items())
+    )
     lines = []
     for m in sample["messages"]:
         lines.append(f"<div class={'q' if m['role'] == 'user' else 'a'}>{_e(_part_text(m['content']))}</div>")

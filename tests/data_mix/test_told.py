@@ -10,8 +10,8 @@ from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.regions import in_patches, regions_of
 from data_mix.shards import ShardWriter
-from data_mix.world.told import told
-from data_mix.world.words import HELD_COLOUR_SHAPE, MOTIONS
+from data_mix.world.told import SHARES, told, told_task
+from data_mix.world.words import COLOUR_SHAPE, MOTIONS
 from mm.common.errors import BadSample, UserError
 from mm.sizes import PROCESSORS, SIZES
 from mm.told import Told, spelt
@@ -46,7 +46,7 @@ def test_the_list_says_everything_once_from_any_word_on():
                       for i in things for n in names if sorted(i[:3]) == sorted(n.split(" ")))  # fmt: skip
     assert min(starts.values()) > 100 and len(starts) == 3
     said = {(n.split(" ")[0], n.split(" ")[2]) for s in samples for n in names_of(s) if " " in n}
-    assert set(HELD_COLOUR_SHAPE) < said  # nobody drew them
+    assert said == set(COLOUR_SHAPE)
 
 
 def test_the_order_of_moving_is_the_scenes():
@@ -67,12 +67,28 @@ def test_the_order_of_moving_is_the_scenes():
     assert checked > 5
 
 
+def test_tasks_of_every_kind_are_told_whole():
+    """Each picture has its words and its size, and nothing else is needed to make tensors of it."""
+    kinds = Counter()
+    for i in range(200):
+        sample = told_task(3, i)
+        kinds[sample["family"]] += 1
+        named = [p[p["type"]] for m in sample["messages"] if isinstance(m["content"], list) for p in m["content"]
+                 if p["type"] != "text"]  # fmt: skip
+        assert set(named) == sample["told"].keys() == sample["media"].keys() and names_of(sample)
+        assert told_task(3, i) == sample
+    assert kinds.keys() == SHARES.keys()
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("told") / "told"
     with ShardWriter(folder, "told") as w:
         for i in range(12):
             w.write(f"told{i}", told(3, i), {})
+    with ShardWriter(folder.with_name("task"), "task") as w:
+        for i in range(12):
+            w.write(f"task{i}", told_task(3, i), {})
     return folder
 
 
@@ -85,16 +101,17 @@ def shown(tmp_path_factory):
 
 
 def test_packs_carry_the_words_to_their_places(source, tokenizer):
-    plan = PackPlan(Mix([SourceSpec(source)]), PROCESSOR, tokenizer, 1024, 512, kind="told")
-    assert not plan.refused
     model = Told(SIZES["tiny"].bound(tokenizer))
+    for folder in (source.with_name("task"), source):
+        plan = PackPlan(Mix([SourceSpec(folder)]), PROCESSOR, tokenizer, 1536, 1152, kind="told")
+        assert not plan.refused
+        with Loader(plan, packs_per_step=1, workers=0) as loader:
+            (batch,) = next(loader)
+        model.embed(batch)  # placeholders, grids and patches agree
     patch, seen = PROCESSOR.patch_size, 0
-    with Loader(plan, packs_per_step=1, workers=0) as loader:
-        (batch,) = next(loader)
-    model.embed(batch)  # placeholders, grids and patches agree
     starts = [0, *batch.grid_thw.prod(1).cumsum(0).tolist()]
     for name, grid, start in zip(batch.draws, batch.grid_thw.tolist(), starts, strict=False):
-        sample = told(3, int(name.split("told")[-1].split("#")[0]))
+        sample = told(3, int(name.split("/told")[-1].split("#")[0]))
         said = spelt(batch.pixel_values[start : start + grid[0] * grid[1] * grid[2]], patch).view(*grid, -1)
         here = torch.zeros(grid, dtype=torch.bool)
         for region in regions_of(next(iter(sample["told"].values()))):

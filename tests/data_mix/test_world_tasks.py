@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_mix.regions import regions_of
 from data_mix.shards import Source
 from data_mix.world import documents, kc, make_world, shop, stills, tasks, text
 from data_mix.world.stills import picture
@@ -44,10 +45,13 @@ def test_every_source_opens_and_names_its_media(world):
         for i in range(n):
             sample = source.sample(i)
             for suffix, fact in sample["media"].items():
-                if fact["kind"] == "image":
+                if suffix in sample.get("told", {}):
+                    assert regions_of(sample["told"][suffix]) and name in ("told", "told_task")
+                elif fact["kind"] == "image":
                     assert Image.open(io.BytesIO(source.member(i, suffix))).size == (fact["width"], fact["height"])
             roles = [m["role"] for m in sample["messages"]]
-            documents = name in ("text", "vit_pairs", "caption", "video_caption") and roles == ["text"]
+            bare = ("text", "vit_pairs", "caption", "video_caption", "told", "told_task")
+            documents = name in bare and roles == ["text"]
             assert documents or (roles and roles == ["user", "assistant"] * (len(roles) // 2))
             assert name != "text" or documents
 
@@ -76,7 +80,7 @@ def test_counts_are_what_is_there():
     for i in range(24):
         kind, k = stills.KINDS[i % 4], i % 5 + 1
         pair = COLOUR_SHAPE[i % len(COLOUR_SHAPE)]
-        _, truth = stills.counting_picture(rng(0, "count", i), kind, k, pair)
+        _, truth = stills.counting_picture(stills.picture, rng(0, "count", i), kind, k, pair)
         assert stills.how_many(truth, kind, pair) == k
         assert min(truth["seen"][0]) >= 0.55
 

@@ -10,9 +10,9 @@ from eval.scores import FLOORS
 from mm.common.files import read_json
 from stages.engine.log import lineage
 
-NODES = ("tokenizer", "text", "words", "s0_vit", "s1_align", "s2_multitask", "s3_anneal_image", "s3_anneal_video",
-         "s3_merge", "eval")  # fmt: skip
-SMALL = [f"--set={s}.budget.{k}={v}" for s in NODES[4:8] for k, v in (("tokens", 768), ("visual_tokens", 576))]
+NODES = ("tokenizer", "text", "told", "words", "s0_vit", "s1_align", "s2_multitask", "s3_anneal_image",
+         "s3_anneal_video", "s3_merge", "eval")  # fmt: skip
+SMALL = [f"--set={s}.budget.{k}={v}" for s in NODES[5:9] for k, v in (("tokens", 768), ("visual_tokens", 576))]
 
 
 def mm(*arguments, interrupt_at=None, seconds=120):
