@@ -173,7 +173,7 @@ def clip_facts(truth: dict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _acting(truth: dict, i: int, k: int, shown: list[int], lang: str) -> str:
+def acting(truth: dict, i: int, k: int, shown: list[int], lang: str) -> str:
     """'red wood ring falls passing', without 'passing' where it stands in another of the shown frames as in frame
     k, 'red wood ring still' of what never acts."""
     words = [stills.unsized(truth["things"][i], lang), text.still(lang)]
@@ -206,7 +206,7 @@ def named_clip(seed: int, name: str, truth: dict, frames: int = 3) -> dict:
     lines = []
     for k in shown:
         t = truth["times"][k]
-        names = [_acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
+        names = [acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
         lines.append(span(t, half) + "".join(stills.regions_in(truth, k, names, lang)))
     turn = stills.regions_turn("\n".join(lines), lang)
     return stills.conversation(video_part(shown), [turn], "tracks", {"lang": lang})

@@ -53,6 +53,7 @@ def told_task(seed: int, index: int) -> Sample:
         make: Callable = tasks.video_caption if family == "video_caption" else tasks.video_qa
         return _sample(make(truth, random), [said], [truth])
     truths, pictures, turns = stills.FAMILIES[family](picture, random, lang)
+    turns = [t for t in turns if t["type"] != "ocr_box"]
     return _sample(
         stills.conversation(stills.numbered(len(truths), lang), turns, family, {"lang": lang}), pictures, truths
     )
@@ -92,11 +93,16 @@ def _turned(thing: dict, lang: str, random: np.random.Generator) -> str:
 
 
 def in_boxes(truth: dict[str, Any]) -> str:
-    """Everything by colour, material and shape, and every sign, in each sampled frame."""
-    names = [stills.unsized(t, "en") for t in truth["things"]]
-    lines = ["".join(stills.regions_in(truth, k, names, "en")) for k in range(len(truth["boxes"]))]
-    if truth["seconds"]:
-        lines = [tasks.span(t, 0.5 / SAMPLE_FPS) + line for t, line in zip(truth["times"], lines, strict=True)]
+    """Everything by colour, material and shape, and every sign; in each sampled frame of a clip also what each thing
+    does, as `keye.words` teaches a tower to tell it."""
+    things, frames = range(len(truth["things"])), list(range(len(truth["boxes"])))
+    if not truth["seconds"]:
+        return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]], "en"))
+    lines = []
+    for k in frames:
+        names = [tasks.acting(truth, i, k, frames, "en") for i in things]
+        span = tasks.span(truth["times"][k], 0.5 / SAMPLE_FPS)
+        lines.append(span + "".join(stills.regions_in(truth, k, names, "en")))
     return "\n".join(lines)
 
 
