@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a decoder that knows the world's language before it sees anything.
 
-    mm run keye.text --size tiny                                     2 cores, a minute and a half
+    mm run keye.text --size tiny                                     2 cores, a minute
 
 At small and 8b this stage does not exist: the decoder is a local Qwen3 folder (`--qwen3 FOLDER`). Here it is
 trained from nothing on the bundled world's text: scenes described in words, questions answered from the
@@ -21,6 +21,6 @@ def stage(size: str) -> Stage:
         mix=[SourceSpec("text", 0.3), SourceSpec("text_chat", 0.7)],
         optim=Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                     decay_share=0.4),
-        budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=450),
+        budget=Budget(tokens=1536, visual_tokens=64, packs_per_step=2, steps=300),
         precision="auto", sharding="replicate",
     )  # fmt: skip

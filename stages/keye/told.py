@@ -24,6 +24,6 @@ def stage(size: str) -> Stage:
         objective=ObjectiveSpec("told"),
         optim=Optim(name="muon", lr=1e-3, momentum=0.9, weight_decay=0.05, schedule="wsd", warmup_steps=20,
                     decay_share=0.3),
-        budget=Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=300),
+        budget=Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=250),
         precision="auto", sharding="replicate",
     )  # fmt: skip

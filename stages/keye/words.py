@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a tower that knows the world's words at each place of a picture.
 
-    mm run keye.words --size tiny                                    2 cores, 3 minutes
+    mm run keye.words --size tiny                                    2 cores, 4 minutes
 
 At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
 billions of pictures. Here it is trained from nothing on the world's `regions` and `tracks`: pictures and clips whose
@@ -26,6 +26,6 @@ def stage(size: str) -> Stage:
         objective=ObjectiveSpec("words", {"places": 1.0}),
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                     min_lr_ratio=0.05),
-        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=1000),
+        budget=Budget(tokens=1536, visual_tokens=512, packs_per_step=2, steps=1400),
         precision="auto", sharding="replicate",
     )  # fmt: skip
