@@ -78,8 +78,10 @@ class Assembler:
         return make[self.plan.kind](pack)
 
     def _told(self, part: dict[str, Any], sample: dict[str, Any], shape: tuple[int, int, int]) -> np.ndarray:
-        """Frames that spell what the sample tells of a picture or clip. Raises BadSample."""
-        plan, patch = shown(part, sample, self.processor), self.processor.patch_size
+        """Frames that spell what the sample tells of a picture or clip, all of them, in their order of time: which
+        are shown is `prepare`'s to say. Raises BadSample."""
+        whole = {name: value for name, value in part.items() if name != "frames"}
+        plan, patch = shown(whole, sample, self.processor), self.processor.patch_size
         height, width = shape[1] // patch, shape[2] // patch
         places = [
             ((frame, *in_patches(region.box, height, width)), self.tokenizer.encode(f" {region.phrase}"))

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_mix.counts import count_source
 from data_mix.mix import Mix, SourceSpec
-from data_mix.pack import PackPlan
+from data_mix.pack import Kind, PackPlan
 from data_mix.shards import Source
 from mm.common.errors import UserError
 from mm.processor import Processor
@@ -57,7 +57,7 @@ def stats(
     """Statistics of a source folder, or of all source folders in a folder.
 
     With budgets (tokens, and merged visual tokens, of a pack) packing is planned too, sources weighted by their
-    samples. Raises UserError where there is no source.
+    samples, without those that tell their pictures where others show them. Raises UserError where there is no source.
     """
     paths = source_folders(folder)
     out = Stats(Path(folder).name)
@@ -65,7 +65,7 @@ def stats(
     families: dict[str, Counter[str]] = defaultdict(Counter)
     for path in paths:
         source = Source(path)
-        counts = count_source(source, processor, tokenizer, quiet=quiet)
+        counts = count_source(source, processor, tokenizer, kind=kind_of(source), quiet=quiet)
         out.unusable.update(counts.reasons.values())
         good = counts.tokens >= 0
         lengths.append(counts.tokens[good])
@@ -80,6 +80,18 @@ def stats(
     if token_budget and visual_budget:
         out.packing = _packing(paths, processor, tokenizer, token_budget, visual_budget)
     return out
+
+
+def kind_of(source: Source) -> Kind:
+    """Whether the pictures of its first sample are shown or told."""
+    return "told" if len(source) and source.sample(0).get("told") else "packs"
+
+
+def alike(paths: list[Path]) -> tuple[Kind, list[Path]]:
+    """What can share packs: the sources that show their pictures, or, where all tell them, those."""
+    kinds = {p: kind_of(source) for p in paths if len(source := Source(p))}
+    kind: Kind = "packs" if "packs" in kinds.values() or not kinds else "told"
+    return kind, [p for p, k in kinds.items() if k == kind]
 
 
 def source_folders(folder: str | Path) -> list[Path]:
@@ -105,6 +117,7 @@ def _histogram(lengths: np.ndarray) -> dict[int, int]:
 def _packing(
     paths: list[Path], processor: Processor, tokenizer: Tokenizer, token_budget: int, visual_budget: int
 ) -> dict[str, float]:
-    specs = [SourceSpec(p, len(Source(p)), "samples") for p in paths if len(Source(p))]
-    plan = PackPlan(Mix(specs), processor, tokenizer, token_budget, visual_budget)
+    kind, paths = alike(paths)
+    specs = [SourceSpec(p, len(Source(p)), "samples") for p in paths]
+    plan = PackPlan(Mix(specs), processor, tokenizer, token_budget, visual_budget, kind=kind)
     return {**plan.efficiency(), "refused": float(len(plan.refused))}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from data_mix.assemble import Assembler, Pending
 from data_mix.decode import DecodePool
@@ -20,13 +20,15 @@ from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.sample import media_parts, suffix_of
 from data_mix.shards import Source
-from data_mix.stats import source_folders
+from data_mix.stats import alike, source_folders
 from mm.batch import Batch, PairBatch
 from mm.common.errors import UserError
 from mm.common.files import write_atomic
 from mm.processor import Processor
 from mm.tokenizer import Tokenizer
+from mm.told import spelt
 
+CELL = 48  # px of a patch whose words are written out
 COLOURS = ("#4c78dd", "#e0803a", "#3f9b6c", "#b9569d", "#8d7b3a", "#5f6ec4", "#c2504a", "#3b94a8")
 
 
@@ -36,8 +38,8 @@ def view(
 ) -> Path:  # fmt: skip
     """Write `out`, a self-contained page of packs start ... start + n - 1, and return its path.
 
-    `what`: a plan, or a source folder (or a folder of them, each by its samples), which takes `processor`,
-    `tokenizer` and budgets to be packed. Raises UserError as PackPlan does.
+    `what`: a plan, or a source folder (or a folder of them, each by its samples, told pictures aside), which takes
+    `processor`, `tokenizer` and budgets to be packed. Raises UserError as PackPlan does.
     """
     plan = what if isinstance(what, PackPlan) else _plan(what, processor, tokenizer, token_budget, visual_budget)
     with DecodePool(plan.processor, workers=1) as pool:
@@ -60,8 +62,9 @@ def _plan(
 ) -> PackPlan:
     if processor is None or tokenizer is None:
         raise UserError(f"{folder} must be packed to be viewed: give a processor and a tokenizer, or a checkpoint's")
-    specs = [SourceSpec(p, len(Source(p)), "samples") for p in source_folders(folder) if len(Source(p))]
-    return PackPlan(Mix(specs), processor, tokenizer, tokens, visual)
+    kind, paths = alike(source_folders(folder))
+    specs = [SourceSpec(p, len(Source(p)), "samples") for p in paths]
+    return PackPlan(Mix(specs), processor, tokenizer, tokens, visual, kind=kind)
 
 
 # ---- from a batch to what is drawn
@@ -121,11 +124,26 @@ def _media(batch: Batch | PairBatch, pack: list[Pending], plan: PackPlan) -> lis
         parts = [first_media(p.sample)] if plan.kind == "pairs" else media_parts(p.sample["messages"])
         row = []
         for part in parts:
-            grid = next(rest)
-            frames = unpatchify(next(patches), grid, plan.processor.patch_size)
+            grid, values = next(rest), next(patches)
+            frames = unpatchify(values, grid, plan.processor.patch_size)
+            if plan.kind == "told":
+                frames = written(values, grid, plan.processor.patch_size, plan.tokenizer)
             row.append(Medium(grid, frames, _captions(part, p, plan.processor), part["type"]))
         rows.append(row)
     return rows
+
+
+def written(pixel_values: torch.Tensor, grid: tuple[int, int, int], patch: int, tokenizer: Tokenizer) -> np.ndarray:
+    """The words that the patches of a told picture spell (`mm.told`), each patch CELL px wide: uint8 [T, h, w, 3]."""
+    t, h, w = grid
+    canvas = [Image.new("RGB", (w * CELL, h * CELL), (228, 228, 232)) for _ in range(t)]
+    for place, ids in enumerate(spelt(pixel_values, patch).tolist()):
+        draw, (row, column) = ImageDraw.Draw(canvas[place // (h * w)]), divmod(place % (h * w), w)
+        if words := [tokenizer.decode([i]).strip() for i in ids if i >= 0]:
+            x, y = column * CELL, row * CELL
+            draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), (255, 255, 255))
+            draw.multiline_text((x + 2, y), "\n".join(words), (20, 20, 24), font_size=8, spacing=0)
+    return np.stack([np.asarray(c) for c in canvas])
 
 
 def _captions(part: dict[str, Any], p: Pending, processor: Processor) -> list[str]:

@@ -23,6 +23,7 @@ SHARES = {
     "caption": 0.15, "ocr": 0.13, "counting": 0.15, "vqa": 0.09, "interleaved": 0.05, "video_caption": 0.15,
     "video_qa": 0.1, "shop": 0.18,
 }  # fmt: skip
+SHOWN = 4  # frames of a clip beside a list: their words would crowd out the list's
 
 
 def told(seed: int, index: int) -> Sample:
@@ -30,7 +31,8 @@ def told(seed: int, index: int) -> Sample:
     thing from any of its words on: whatever word comes first, all that follow have to be looked up."""
     random = rng(seed, "told", index)
     lang, moving = tasks.language(random), index % 3 == 2
-    said, truth = _clip(random) if moving else _still(random)
+    truth = _clip(random) if moving else _still(random)
+    frames = np.linspace(0, len(truth["times"]) - 1, SHOWN if moving else 1).round().astype(int).tolist()
     names = [_turned(t, lang, random) for t in truth["things"]]
     blank = "" if lang == "zh" else " "
     acts = {e["thing"]: blank + say(e["motion"], lang) for e in truth["events"]}
@@ -38,8 +40,8 @@ def told(seed: int, index: int) -> Sample:
     rest += [s["text"] for s in truth["signs"]]
     listed = [names[i] + act for i, act in acts.items()] + [rest[i] for i in random.permutation(len(rest))]
     turn = {"type": "list", "q": "", "a": ("、" if lang == "zh" else ", ").join(listed)}
-    parts = tasks.video_part() if moving else stills.numbered(1, lang)
-    return _sample(stills.conversation(parts, [turn], "told", {"lang": lang}), [said], [truth])
+    parts = tasks.video_part(frames) if moving else stills.numbered(1, lang)
+    return _sample(stills.conversation(parts, [turn], "told", {"lang": lang}), [in_boxes(truth, frames)], [truth])
 
 
 def told_task(seed: int, index: int) -> Sample:
@@ -49,7 +51,8 @@ def told_task(seed: int, index: int) -> Sample:
     if family == "shop":
         return _shop(random)
     if family in ("video_caption", "video_qa"):
-        said, truth = _clip(random)
+        truth = _clip(random)
+        said = in_boxes(truth, list(range(len(truth["times"]))))
         make: Callable = tasks.video_caption if family == "video_caption" else tasks.video_qa
         return _sample(make(truth, random), [said], [truth])
     truths, pictures, turns = stills.FAMILIES[family](picture, random, lang)
@@ -71,18 +74,17 @@ def _shop(random: np.random.Generator) -> Sample:
 def picture(random: np.random.Generator, things: list, **kw: Any) -> tuple[str, dict]:
     """A `stills.Shot`: (what is told of a still, truth)."""
     truth = truth_of(Outline(stills.scene_of(random, things, **kw)), [])
-    return in_boxes(truth), truth
+    return in_boxes(truth, [0]), truth
 
 
-def _still(random: np.random.Generator) -> tuple[str, dict]:
+def _still(random: np.random.Generator) -> dict:
     pairs = stills.distinct_pairs(random, int(random.integers(2, 6)))
-    return picture(random, pairs, signs=[stills.draw_sign_text(random)] if random.random() < 0.4 else [])
+    return picture(random, pairs, signs=[stills.draw_sign_text(random)] if random.random() < 0.4 else [])[1]
 
 
-def _clip(random: np.random.Generator) -> tuple[str, dict]:
+def _clip(random: np.random.Generator) -> dict:
     hero = tasks.TRAIN_HEROES[int(random.integers(len(tasks.TRAIN_HEROES)))]
-    truth = brief(truth_of(Outline(clip_scene(hero, random, second=random.random() < 0.65)), []))
-    return in_boxes(truth), truth
+    return brief(truth_of(Outline(clip_scene(hero, random, second=random.random() < 0.65)), []))
 
 
 def _turned(thing: dict, lang: str, random: np.random.Generator) -> str:
@@ -92,10 +94,10 @@ def _turned(thing: dict, lang: str, random: np.random.Generator) -> str:
     return ("" if lang == "zh" else " ").join(words[k:] + words[:k])
 
 
-def in_boxes(truth: dict[str, Any]) -> str:
-    """Everything by colour, material and shape, and every sign; in each sampled frame of a clip also what each thing
-    does, as `keye.words` teaches a tower to tell it."""
-    things, frames = range(len(truth["things"])), list(range(len(truth["boxes"])))
+def in_boxes(truth: dict[str, Any], frames: list[int]) -> str:
+    """Everything by colour, material and shape, and every sign; in these sampled frames of a clip also what each
+    thing does, as `keye.words` teaches a tower to tell it."""
+    things = range(len(truth["things"]))
     if not truth["seconds"]:
         return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]], "en"))
     lines = []

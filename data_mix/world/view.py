@@ -134,7 +134,7 @@ def _told(text: str, facts: dict[str, Any]) -> str:
     moments: dict[Any, list[Region]] = {}
     for region in regions_of(text):
         moments.setdefault(region.span, []).append(region)
-    frames, height = list(moments.values()), 130
+    frames, height = list(moments.values()), 190
     width = height * facts["width"] / facts["height"]
     return "".join(_boxes(f, width, height) for f in (frames if len(frames) == 1 else (frames[0], frames[-1])))
 

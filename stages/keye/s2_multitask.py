@@ -6,8 +6,8 @@
 Published: tower, projector and decoder all train on caption, OCR, grounding and counting (integer coordinates
 in [0, 1000) between box and point tokens), VQA, interleaved documents, video with frame re-ordering, and text;
 8,192 tokens, data parallel with ZeRO-2. Not published, so ours: shares, learning rates (the tower a tenth), batch,
-length. Against the publication, at tiny the tower stays as `keye.words` left it until stage 3: some hundred steps at a
-tenth of the rate taught it nothing that could be measured, and took a third of the time.
+length. Against the publication, at tiny the tower stays as `keye.words` left it until stage 3: some hundred steps at
+a tenth of the rate taught it nothing that could be measured, and took a third of the time.
 """
 
 from data_mix.mix import SourceSpec

@@ -1,6 +1,7 @@
 """Next-token prediction: cross entropy of the trained tokens, each weighing the same wherever it lies."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class ToldNextToken(NextToken):
     """The same for conversations whose pictures are told in words (`mm.told`)."""
 
     kind = "told"
+
+    def flops(self, model: Any, batches: Sequence[Batch]) -> float:
+        """Words are looked up in a table: of pictures only the decoder's share is work."""
+        return super().flops(model, [replace(b, grid_thw=b.grid_thw[:0]) for b in batches])
 
 
 def _batch(model: Any, lengths: list[int], grid: torch.Tensor, *, trained: bool) -> Batch:

@@ -123,7 +123,9 @@ def test_packs_carry_the_words_to_their_places(source, tokenizer):
         said = spelt(batch.pixel_values[start : start + grid[0] * grid[1] * grid[2]], patch).view(*grid, -1)
         here = torch.zeros(grid, dtype=torch.bool)
         for region in regions_of(next(iter(sample["told"].values()))):
-            frame = 0 if region.span is None else round(sum(region.span))  # spans are half a second around i / 2
+            frame = 0
+            if region.span is not None:  # half a second around i / 2
+                frame = sample["messages"][0]["content"][0]["frames"].index(round(sum(region.span)))
             top, left, bottom, right = in_patches(region.box, *grid[1:])
             ids = tokenizer.encode(" " + region.phrase)
             for place in said[frame, top:bottom, left:right].reshape(-1, patch).tolist():

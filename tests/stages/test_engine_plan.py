@@ -13,6 +13,7 @@ from mm.keye import Keye
 from mm.sizes import SIZES
 from stages.engine import flops, optim
 from stages.engine.plan import activations, optimizer_bytes, plan, shard_numel, table
+from stages.objectives import make
 from stages.stage import Budget, ObjectiveSpec, Optim
 from tests.stages import engine_toy as toy
 
@@ -152,3 +153,11 @@ def test_plan_of_a_contrastive_stage_and_mistakes():
     with pytest.raises(UserError, match=r"device='H900' \(known: .*H100"):
         plan(stage, model, device="H900")
     assert plan(stage, model, peak=1e12).seconds > 0
+
+
+def test_told_pictures_cost_the_decoder_alone():
+    model, batch = toy.keye(), toy.pack(1, pictures=True)
+    bare = dataclasses.replace(batch, input_ids=batch.input_ids.clamp(max=toy.IMAGE - 1), grid_thw=batch.grid_thw[:0],
+                               pixel_values=batch.pixel_values[:0])  # fmt: skip
+    seen, told = (make(ObjectiveSpec(name)).flops(model, [batch]) for name in ("next_token", "told"))
+    assert told == make(ObjectiveSpec("next_token")).flops(model, [bare]) < seen
