@@ -1,7 +1,9 @@
 """Told pictures as data: what the world tells, how packs carry it, and that shown and told are never mixed up."""
 
+import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,11 +12,13 @@ from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.regions import in_patches, regions_of
 from data_mix.shards import ShardWriter
+from data_mix.stats import stats
+from data_mix.view import CELL, view, written
 from data_mix.world.told import SHARES, told, told_task
 from data_mix.world.words import COLOUR_SHAPE, MOTIONS
 from mm.common.errors import BadSample, UserError
 from mm.sizes import PROCESSORS, SIZES
-from mm.told import Told, spelt
+from mm.told import Told, spell, spelt
 from tests.data_mix.made import picture, turn
 
 PROCESSOR = PROCESSORS["tiny"]
@@ -157,3 +161,26 @@ def test_a_picture_of_which_nothing_is_told_is_refused(tmp_path, tokenizer):
         w.write("good", told(3, 0), {})
     plan = PackPlan(Mix([SourceSpec(tmp_path / "t")]), PROCESSOR, tokenizer, 1024, 512, kind="told")
     assert [(b.key, b.reason) for b in plan.refused] == [("bad", "the caption names no region")]
+
+
+def test_pages_and_counts_keep_shown_and_told_apart(source, shown, tmp_path, tokenizer):
+    both = tmp_path / "both"
+    for folder in (source, shown):
+        shutil.copytree(folder, both / folder.name)
+    made = stats(both, PROCESSOR, tokenizer, token_budget=512, visual_budget=256, quiet=True)
+    assert made.samples == 13 and not made.unusable and made.packing["refused"] == 0
+    page = view(both, tmp_path / "both.html", n=1, processor=PROCESSOR, tokenizer=tokenizer).read_text()
+    assert "kind: packs" in page and "sources: shown" in page
+    page = view(source, tmp_path / "told.html", n=1, processor=PROCESSOR, tokenizer=tokenizer).read_text()
+    assert "kind: told" in page and "<span class='badge'>" not in page
+
+
+def test_told_words_are_written_where_they_lie(tokenizer):
+    """A patch without words is grey; one with words is not, and what is written differs with the words."""
+    ids = [tokenizer.encode(" red"), tokenizer.encode(" blue")]
+    frames = spell((1, 28, 56), [((0, 0, 0, 1, 1), ids[0]), ((0, 1, 2, 2, 3), ids[1])], 14)
+    (image,) = written(torch.from_numpy(PROCESSOR.patchify(frames)), (1, 2, 4), 14, tokenizer)
+    cells = image.reshape(2, CELL, 4, CELL, 3).transpose(0, 2, 1, 3, 4)
+    plain = [(r, c) for r in range(2) for c in range(4) if len(np.unique(cells[r, c].reshape(-1, 3), axis=0)) == 1]
+    assert plain == [(r, c) for r in range(2) for c in range(4) if (r, c) not in ((0, 0), (1, 2))]
+    assert (cells[0, 0] != cells[1, 2]).any()
