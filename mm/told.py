@@ -1,7 +1,7 @@
 """Keye whose pictures are told: what each place of a picture shows comes as words, and a decoder learns to read it.
 
 A told picture travels as pixels do, so nothing else has to know of it: in each patch the pixels of the first row
-spell token numbers, one each, low byte in red and high byte in green.
+spell token numbers, one each, its lowest byte in red, then green, then blue.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,15 +26,15 @@ def spell(
             for column in range(left, right):
                 for token in ids[: patch - used[frame, row, column]]:
                     x = column * patch + used[frame, row, column]
-                    frames[frame, row * patch, x, :2] = (token + 1) % 256, (token + 1) // 256
+                    frames[frame, row * patch, x] = np.array([token + 1], "<u4").view(np.uint8)[:3]
                     used[frame, row, column] += 1
     return frames
 
 
 def spelt(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
     """uint8 [N, 3 * patch * patch] -> int64 [N, patch]: the token numbers each patch spells, -1 where none."""
-    red, green = pixel_values[:, :patch].long(), pixel_values[:, patch * patch : patch * patch + patch].long()
-    return red + 256 * green - 1
+    red, green, blue = pixel_values.long().unflatten(1, (3, patch * patch))[..., :patch].unbind(1)
+    return red + 256 * green + 65536 * blue - 1
 
 
 class Told(Keye):

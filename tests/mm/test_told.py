@@ -24,10 +24,10 @@ def told() -> tuple[Told, torch.Tensor]:
 
 def test_patches_spell_what_covers_them():
     """In their order, as many as a patch has room for; numbers above a byte too."""
-    frames = spell((1, 16, 16), [((0, 0, 0, 2, 2), [700, 0]), ((0, 1, 1, 2, 3), [3, 4, 5])], 4)
+    frames = spell((1, 16, 16), [((0, 0, 0, 2, 2), [151_935, 0]), ((0, 1, 1, 2, 3), [3, 4, 5])], 4)
     ids = spelt(torch.from_numpy(PROCESSOR.patchify(frames)), 4).view(4, 4, 4)
-    assert ids[0, 0].tolist() == ids[0, 1].tolist() == ids[1, 0].tolist() == [700, 0, -1, -1]
-    assert ids[1, 1].tolist() == [700, 0, 3, 4]  # the fifth has no room
+    assert ids[0, 0].tolist() == ids[0, 1].tolist() == ids[1, 0].tolist() == [151_935, 0, -1, -1]
+    assert ids[1, 1].tolist() == [151_935, 0, 3, 4]  # the fifth has no room
     assert ids[1, 2].tolist() == [3, 4, 5, -1]
     assert (ids[2:] == -1).all() and (ids[:2, 3] == -1).all()
 
