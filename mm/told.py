@@ -16,18 +16,19 @@ Place = tuple[int, int, int, int, int]  # frame, then top, left, bottom, right i
 
 def spell(
     shape: tuple[int, int, int], places: Iterable[tuple[Place, Sequence[int]]], patch: int
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Frames uint8 [T, H, W, 3] whose patches spell the token numbers of all places that cover them, as many as fit
     (one a pixel of the patch's first row). `shape`: [T, H, W] in px; black tells nothing."""
     frames = np.zeros((*shape, 3), np.uint8)
     used = np.zeros((shape[0], shape[1] // patch, shape[2] // patch), int)
     for (frame, top, left, bottom, right), ids in places:
-        for row in range(top, bottom):
-            for column in range(left, right):
-                for token in ids[: patch - used[frame, row, column]]:
-                    x = column * patch + used[frame, row, column]
-                    frames[frame, row * patch, x] = np.array([token + 1], "<u4").view(np.uint8)[:3]
-                    used[frame, row, column] += 1
+        rows, columns = (axis.ravel() for axis in np.mgrid[top:bottom, left:right])
+        for token in ids:
+            room = used[frame, rows, columns] < patch
+            rows, columns = rows[room], columns[room]
+            at = used[frame, rows, columns]
+            frames[frame, rows * patch, columns * patch + at] = np.array([token + 1], "<u4").view(np.uint8)[:3]
+            used[frame, rows, columns] += 1
     return frames
 
 
