@@ -41,10 +41,10 @@ from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
 
 STAGES: dict[str, Callable[[str], Stage]] = {
-    "keye.words": words.stage,  # before text: the report's graph then has the tower's road in one row
+    "keye.words": words.stage,  # towers before decoders: the report's graph then has each road in one row
     "keye.text": text.stage,
-    "keye.told": told.stage,
     "keye.s0_vit": s0_vit.stage,
+    "keye.told": told.stage,
     "keye.s1_align": s1_align.stage,
     "keye.s2_multitask": s2_multitask.stage,
     "keye.s2_practice": s2_practice.stage,
