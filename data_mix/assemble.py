@@ -65,8 +65,9 @@ class Assembler:
             suffix = suffix_of(part)
             if suffix not in pending.frames:
                 shape = frames_shape(part, sample, self.processor)
-                pending.shapes[suffix], pending.frames[suffix] = shape, Future()
+                pending.shapes[suffix] = shape
                 if self.plan.kind == "told":
+                    pending.frames[suffix] = Future()
                     settle(pending.frames[suffix], partial(self._told, part, sample, shape))
                 else:
                     job = Job(source.locate(draw.sample, suffix), part["type"], shape)
@@ -80,12 +81,12 @@ class Assembler:
     def _told(self, part: dict[str, Any], sample: dict[str, Any], shape: tuple[int, int, int]) -> np.ndarray:
         """Frames that spell what the sample tells of a picture or clip, all of them, in their order of time: which
         are shown is `prepare`'s to say. Raises BadSample."""
-        whole = {name: value for name, value in part.items() if name != "frames"}
-        plan, patch = shown(whole, sample, self.processor), self.processor.patch_size
+        patch, suffix = self.processor.patch_size, suffix_of(part)
+        plan = video_plan(sample["media"][suffix], self.processor) if part["type"] == "video" else None
         height, width = shape[1] // patch, shape[2] // patch
         places = [
             ((frame, *in_patches(region.box, height, width)), self.tokenizer.encode(f" {region.phrase}"))
-            for region in regions_of(sample["told"][suffix_of(part)]) for frame in region.frames(plan)
+            for region in regions_of(sample["told"][suffix]) for frame in region.frames(plan)
         ]  # fmt: skip
         return spell(shape, places, patch)
 

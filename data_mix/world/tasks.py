@@ -193,22 +193,24 @@ def _same_place(truth: dict, i: int, a: int, b: int) -> bool:
     return float(np.abs(np.subtract(before, after)).max()) <= min(truth["width"], truth["height"]) / 30
 
 
-def span(t: float, half: float) -> str:
-    """The seconds around t, as the grounding format writes them."""
-    return f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
+def named_at(truth: dict, shown: list[int], lang: str) -> str:
+    """Line by line for these sampled frames: when it is, and everything plain to see by what it is, what it does, and
+    whether it is where it is in that frame alone."""
+    half, lines = 0.5 / truth["fps"], []
+    for k in shown:
+        t = truth["times"][k]
+        names = [acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
+        span = f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
+        lines.append(span + "".join(stills.regions_in(truth, k, names, lang)))
+    return "\n".join(lines)
 
 
 def named_clip(seed: int, name: str, truth: dict, frames: int = 3) -> dict:
     """Some frames of a brief clip, evenly spread, with everything plain to see in each, called by what it is, what
     it does, and whether it is where it is in that frame alone."""
-    lang, half = language(rng(seed, "tracks", name)), 0.5 / truth["fps"]
+    lang = language(rng(seed, "tracks", name))
     shown = np.linspace(0, len(truth["times"]) - 1, frames).round().astype(int).tolist()
-    lines = []
-    for k in shown:
-        t = truth["times"][k]
-        names = [acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
-        lines.append(span(t, half) + "".join(stills.regions_in(truth, k, names, lang)))
-    turn = stills.regions_turn("\n".join(lines), lang)
+    turn = stills.regions_turn(named_at(truth, shown, lang), lang)
     return stills.conversation(video_part(shown), [turn], "tracks", {"lang": lang})
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from data_mix.world import kc, stills, tasks, text
 from data_mix.world.motion import clip_scene
-from data_mix.world.scene import SAMPLE_FPS
 from data_mix.world.stills import Sample
 from data_mix.world.truth import Outline, brief, truth_of
 from data_mix.world.words import COLOUR_SHAPE, say
@@ -97,15 +96,9 @@ def _turned(thing: dict, lang: str, random: np.random.Generator) -> str:
 def in_boxes(truth: dict[str, Any], frames: list[int]) -> str:
     """Everything by colour, material and shape, and every sign; in these sampled frames of a clip also what each
     thing does, as `keye.words` teaches a tower to tell it."""
-    things = range(len(truth["things"]))
-    if not truth["seconds"]:
-        return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]], "en"))
-    lines = []
-    for k in frames:
-        names = [tasks.acting(truth, i, k, frames, "en") for i in things]
-        span = tasks.span(truth["times"][k], 0.5 / SAMPLE_FPS)
-        lines.append(span + "".join(stills.regions_in(truth, k, names, "en")))
-    return "\n".join(lines)
+    if truth["seconds"]:
+        return tasks.named_at(truth, frames, "en")
+    return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]], "en"))
 
 
 def _sample(sample: Sample, said: list[str], truths: list[dict]) -> Sample:

@@ -1,13 +1,13 @@
 """Stage 2: everything trains (at tiny all but the tower), on every kind of task at once.
 
-    mm run keye.s2_multitask --size tiny                             2 cores, 3 minutes
+    mm run keye.s2_multitask --size tiny                             2 cores without bf16, 6 minutes
     torchrun ... -m stages.cli run keye.s2_multitask --size 8b --from RUN --data caption=FOLDER ...
 
 Published: tower, projector and decoder all train on caption, OCR, grounding and counting (integer coordinates
 in [0, 1000) between box and point tokens), VQA, interleaved documents, video with frame re-ordering, and text;
 8,192 tokens, data parallel with ZeRO-2. Not published, so ours: shares, learning rates (the tower a tenth), batch,
-length. Against the publication, at tiny the tower stays as `keye.words` left it until stage 3: some hundred steps at
-a tenth of the rate taught it nothing that could be measured, and took a third of the time.
+length. Against the publication, at tiny the tower stays as `keye.words` left it until stage 3: in single trials some
+hundred steps at a tenth of the rate taught it nothing that showed, and made a step a third slower or more.
 """
 
 from data_mix.mix import SourceSpec

@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a decoder that knows the world's language before it sees anything.
 
-    mm run keye.text --size tiny                                     2 cores, a minute
+    mm run keye.text --size tiny                                     2 cores without bf16, 4 minutes
 
 At small and 8b this stage does not exist: the decoder is a local Qwen3 folder (`--qwen3 FOLDER`). Here it is
 trained from nothing on the bundled world's text: scenes described in words, questions answered from the

@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a decoder that knows how to look things up in a picture before it can see one.
 
-    mm run keye.told --size tiny                                     2 cores, a minute and a half
+    mm run keye.told --size tiny                                     2 cores without bf16, 3 minutes
 
 At small and 8b this stage does not exist. A decoder from nothing needs longest to learn what looks trivial: to find
 the red thing and say what else it is. Pictures teach that slowly, with a tower in the way and few such words among

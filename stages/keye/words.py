@@ -1,6 +1,6 @@
 """Preparatory stage, tiny only: a tower that knows the world's words at each place of a picture.
 
-    mm run keye.words --size tiny                                    2 cores, 4 minutes
+    mm run keye.words --size tiny                                    2 cores without bf16, 12 minutes
 
 At small and 8b this stage does not exist: the tower is a local SigLIP folder (`--siglip FOLDER`), which has seen
 billions of pictures. Here it is trained from nothing on the world's `regions` and `tracks`: pictures and clips whose
