@@ -3,8 +3,9 @@
 Two ways to teach the tiny tower, each with its stage's own data, optimizer and schedule (`keye.words`: every patch
 of a region tells the words of its name and where it is; `keye.s0_vit`: the sigmoid loss of whole pictures and
 their captions), started from random weights, with as many visual tokens a step; and the first of them once more with
-one thing changed: no loss of places, every word a rival of every other (`data_mix.regions.Names`), or SigLIP's own
-random start of attention in place of the mimetic one (`vision/init.py`); and untrained. All measures are of things
+one thing changed: no loss of places, or one that weighs as much as that of words, every word a rival of every other
+(`data_mix.regions.Names`), or SigLIP's own random start of attention in place of the mimetic one (`vision/init.py`);
+and untrained. All measures are of things
 in the first frames of the world's test clips. "probe" is the same for all and was trained by none: a logistic model
 on the mean feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth;
 "place" the same with a linear model of the box's centre, and how much of its variance that tells. "told" asks the
@@ -12,7 +13,7 @@ tower's own words which of the six shapes those patches show, of things whose co
 together, and of the others.
 
     python benchmarks/tower.py --world WORLD
-    python benchmarks/tower.py --world WORLD --steps 650 --seeds 3 --lrs 3e-3,8e-3
+    python benchmarks/tower.py --world WORLD --steps 500 --lrs 8e-3 --arms keye.words "keye.words, full places"
 """
 
 import argparse
@@ -46,8 +47,9 @@ from vision.init import stream
 from vision.vit import normalise
 
 WORDS, ALL, PLAIN = "keye.words", "keye.words, all words rivals", "keye.words, SigLIP's start"
-NO_PLACES, UNTRAINED = "keye.words, no places", "keye.words, untrained"
-ARMS = (WORDS, NO_PLACES, ALL, PLAIN, "keye.s0_vit", UNTRAINED)
+PLACES = {"keye.words, no places": 0.0, "keye.words, full places": 1.0}  # arm -> weight of their loss
+UNTRAINED = "keye.words, untrained"
+ARMS = (WORDS, *PLACES, ALL, PLAIN, "keye.s0_vit", UNTRAINED)
 ASKED = ("colour", "shape", "material")
 TOLD = ("told, held-out pairs", "told, other pairs")
 
@@ -58,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--lrs", default="4e-3,8e-3", help="grid of every arm; the best by shape with seed 0 is kept")
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="; ".join(ARMS))
     return p.parse_args(argv)
 
 
@@ -126,8 +129,8 @@ def run(
     stage = STAGES[arm.split(",")[0]]("tiny")
     if arm == "keye.s0_vit":  # as it is without a preparatory stage: both towers new, the text tower the slower
         stage = replace(stage, start=["scratch"], train={"*": 1.0, "text_model.*": 0.4})
-    if arm == NO_PLACES:
-        stage = replace(stage, objective=ObjectiveSpec("words", {"places": 0.0}))
+    if arm in PLACES:
+        stage = replace(stage, objective=ObjectiveSpec("words", {"places": PLACES[arm]}))
     optim = replace(stage.optim, lr=lr, warmup_steps=min(20, a.steps // 2))
     budget = replace(stage.budget, steps=a.steps, visual_tokens=512)
     stage = replace(stage, optim=optim, budget=budget, seed=seed).check()
@@ -160,17 +163,17 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = harness.world_tokenizer(a.world)
         means = Means({"world": a.world}, {}, cache=Path(folder), quiet=True)
-        for arm in ARMS:
+        for arm in a.arms:
             grid = [run(a, arm, lr, 0, tokenizer, means, clips) for lr in lrs]
             best = max(grid, key=lambda r: r["shape"])["lr"]
             runs += grid + [run(a, arm, best, seed, tokenizer, means, clips) for seed in range(1, a.seeds)]
             for r in runs:
                 r["best"] = r.get("best", False) or (r["arm"], r["lr"]) == (arm, best)
-    rows, kept = [], {arm: [r for r in runs if r["arm"] == arm and r["best"]] for arm in ARMS}
+    rows, kept = [], {arm: [r for r in runs if r["arm"] == arm and r["best"]] for arm in a.arms}
     for arm, mine in kept.items():
         cells = [harness.shown(harness.spread([r[k] for r in mine])) for k in (*ASKED, "place", *TOLD)]
         rows.append((arm, f"{mine[0]['lr']:g}", *cells, f"{statistics.median(r['seconds'] for r in mine):.0f}"))
-    one = kept[WORDS][0]
+    one = kept[a.arms[0]][0]
     notes = [f"probe: {one['n']} things in the scored clips; a blind guess is right about once in six, six and four;"
              " place: R2, 1 is exact, 0 no better than the middle; an untrained tower has its table of places",
              f"told: {one['held']} things of held-out pairs, {one['other']} others; keye.s0_vit learns no such words",

@@ -76,16 +76,25 @@ def test_optimizers_are_compared(stage, micro_world, tmp_path, small_vocabulary)
     assert got["adamw_lr"] == 1e-3 and len(got["muon"]["1.0"]) == 1 and 0 < got["adamw"][0] < 100
 
 
+OFTEN = ("keye.words", "keye.words, no places", "keye.words, untrained")
+
+
 def test_towers_are_taught_and_asked_alike(micro_world, tmp_path, small_vocabulary):
-    got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3")
-    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 6 and {r["n"] for r in got["runs"]} != {0}
-    assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
-    assert sum(r["best"] for r in got["runs"]) == 12
+    got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3",
+                  "--arms", *OFTEN)  # fmt: skip
+    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 3 and {r["n"] for r in got["runs"]} != {0}
+    assert sum(r["best"] for r in got["runs"]) == 6 and {r["arm"] for r in got["runs"]} == set(OFTEN)
     place = {(r["arm"], r["lr"], r["seed"]): r["place"] for r in got["runs"]}
-    others = ("untrained", "no places", "all words rivals", "SigLIP's start")
-    assert {arm for arm, *_ in place} == {"keye.words", "keye.s0_vit", *(f"keye.words, {how}" for how in others)}
     assert place["keye.words", 1e-3, 0] != place["keye.words, no places", 1e-3, 0]
     assert place["keye.words, untrained", 1e-3, 0] == place["keye.words, untrained", 2e-3, 0]
+
+
+def test_every_way_to_teach_a_tower_runs(micro_world, tmp_path, small_vocabulary):
+    rest = [arm for arm in tower.ARMS if arm not in OFTEN]
+    got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 1, "--lrs", "1e-3",
+                  "--arms", *rest)  # fmt: skip
+    assert [r["arm"] for r in got["runs"]] == rest and len(rest) == 4
+    assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():
