@@ -8,7 +8,7 @@ answer names each thing, where it is and, in a clip, what it does, in the publis
 a region tells the words of its name from their rivals (`data_mix/regions.py: Names`), and the places of its box from
 all places of its frame; what lies in no region says no word. So a picture teaches at a hundred places and not at one
 (`benchmarks/tower.py` sets it against s0_vit alone), and the tower keeps where things are, which no word needs.
-Places are learnt at once and weigh a tenth: where they weigh as much as words, words are learnt more slowly.
+Places are learnt at once (docs/benchmarks.md, "What teaches a tower"), so they weigh a tenth, by single trials.
 """
 
 from data_mix.mix import SourceSpec

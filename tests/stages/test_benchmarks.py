@@ -83,6 +83,7 @@ def test_towers_are_taught_and_asked_alike(micro_world, tmp_path, small_vocabula
     got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3",
                   "--arms", *OFTEN)  # fmt: skip
     assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 3 and {r["n"] for r in got["runs"]} != {0}
+    assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
     assert sum(r["best"] for r in got["runs"]) == 6 and {r["arm"] for r in got["runs"]} == set(OFTEN)
     place = {(r["arm"], r["lr"], r["seed"]): r["place"] for r in got["runs"]}
     assert place["keye.words", 1e-3, 0] != place["keye.words, no places", 1e-3, 0]
