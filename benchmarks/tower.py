@@ -10,7 +10,7 @@ in the first frames of the world's test clips. "probe" is the same for all and w
 on the mean feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth;
 "place" the same with a linear model of the box's centre, and how much of its variance that tells. "told" asks the
 tower's own words which of the six shapes those patches show, of things whose colour and shape training never showed
-together, and of the others.
+together, and of the others; and which letter each place of a sign shows, of all that stand on the test clips' signs.
 
     python benchmarks/tower.py --world WORLD
     python benchmarks/tower.py --world WORLD --steps 500 --lrs 8e-3 --arms keye.words "keye.words, full places"
@@ -33,6 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data_mix.regions import in_patches
+from data_mix.world.render import letters as letters_of
 from data_mix.world.stills import thousand
 from data_mix.world.words import HELD_COLOUR_SHAPE, SHAPES
 from mm.common.errors import UserError
@@ -51,7 +52,7 @@ PLACES = {"keye.words, no places": 0.0, "keye.words, full places": 1.0}  # arm -
 UNTRAINED = "keye.words, untrained"
 ARMS = (WORDS, *PLACES, ALL, PLAIN, "keye.s0_vit", UNTRAINED)
 ASKED = ("colour", "shape", "material")
-TOLD = ("told, held-out pairs", "told, other pairs")
+TOLD = ("told, held-out pairs", "told, other pairs", "told, letters")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,9 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def things(world: Path) -> list[tuple[np.ndarray, Any, list[tuple[Any, dict]]]]:
-    """Per test clip: the first frame as the processor shows it [1, H, W, 3], its grid, and each thing plain to see
-    as (top, left, bottom, right) in patches with its attributes."""
+def things(world: Path) -> list[tuple[np.ndarray, Any, list[tuple[Any, dict]], list[tuple[Any, str]]]]:
+    """Per test clip: the first frame as the processor shows it [1, H, W, 3], its grid, each thing plain to see as
+    (top, left, bottom, right) in patches with its attributes, and so each letter of a sign."""
     processor, out = PROCESSORS["tiny"], []
     for path in sorted((world / "clips" / "test").glob("*.json")):
         truth = read_json(path)
@@ -74,7 +75,9 @@ def things(world: Path) -> list[tuple[np.ndarray, Any, list[tuple[Any, dict]]]]:
         grid = processor.frames_grid(frames)
         at = zip(truth["things"], truth["boxes"][0], truth["seen"][0], strict=True)
         found = [(in_patches(thousand(boxes[0], truth), *grid[1:]), t) for t, boxes, seen in at if seen >= 0.5]
-        out.append((frames, grid, found))
+        read = [(in_patches(thousand(box, truth), *grid[1:]), letter) for s in truth["signs"]
+                for letter, box in letters_of(s["text"], s["box"], min(truth["width"], truth["height"]))]  # fmt: skip
+        out.append((frames, grid, found, read))
     if len(out) < 4:
         raise UserError(f"--world {world}: fewer than four test clips; make one with: mm data make-world {world}")
     return out
@@ -85,12 +88,15 @@ def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str
     """Accuracy of a logistic model per attribute and R2 of a linear one of places (clip i is for testing where
     i % 4 == 3), and accuracy of the tower's own words for shapes."""
     tower = model.vision_model
-    shapes = model.text_model.embeddings.token_embedding.weight[[tokenizer.encode(" " + s)[-1] for s in SHAPES]]
+    said = model.text_model.embeddings.token_embedding.weight
+    shapes = said[[tokenizer.encode(" " + s)[-1] for s in SHAPES]]
+    alphabet = sorted({letter for *_, read in clips for _, letter in read})
+    letters = said[[tokenizer.encode(letter)[-1] for letter in alphabet]]
     rows: list[np.ndarray] = []
     told: dict[str, list[bool]] = {key: [] for key in TOLD}
     facts: list[tuple[int, dict]] = []
     centres: list[tuple[float, float]] = []  # row and column, in shares of the frame
-    for i, (frames, grid, found) in enumerate(clips):
+    for i, (frames, grid, found, read) in enumerate(clips):
         pixels = torch.from_numpy(PROCESSORS["tiny"].patchify(frames))
         features = tower(normalise(pixels, torch.float32), torch.tensor([grid])).view(*grid[1:], -1)
         for (top, left, bottom, right), thing in found:
@@ -100,16 +106,19 @@ def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str
             held = (thing["colour"], thing["shape"]) in HELD_COLOUR_SHAPE
             told[TOLD[0 if held else 1]].append(SHAPES[int((shapes @ mean).argmax())] == thing["shape"])
             facts.append((i, thing))
+        for (top, left, bottom, right), letter in read:
+            mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
+            told[TOLD[2]].append(alphabet[int((letters @ mean).argmax())] == letter)
     x, test = np.stack(rows), np.array([i % 4 == 3 for i, _ in facts])
     out = {key: float(np.mean(hits)) for key, hits in told.items()}
     y = np.array(centres)
-    said = make_pipeline(StandardScaler(), Ridge(alpha=10.0)).fit(x[~test], y[~test]).predict(x[test])
-    out["place"] = float(1 - (np.square(said - y[test]).mean(0) / y[test].var(0)).mean())
+    guess = make_pipeline(StandardScaler(), Ridge(alpha=10.0)).fit(x[~test], y[~test]).predict(x[test])
+    out["place"] = float(1 - (np.square(guess - y[test]).mean(0) / y[test].var(0)).mean())
     for key in ASKED:
         y = np.array([thing[key] for _, thing in facts])
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500)).fit(x[~test], y[~test])
         out[key] = float((model.predict(x[test]) == y[test]).mean())
-    return {**out, "n": int(test.sum()), "held": len(told[TOLD[0]]), "other": len(told[TOLD[1]])}
+    return {**out, "n": int(test.sum()), **{f"n {key}": len(told[key]) for key in TOLD}}
 
 
 @torch.no_grad()
@@ -130,7 +139,7 @@ def run(
     if arm == "keye.s0_vit":  # as it is without a preparatory stage: both towers new, the text tower the slower
         stage = replace(stage, start=["scratch"], train={"*": 1.0, "text_model.*": 0.4})
     if arm in PLACES:
-        stage = replace(stage, objective=ObjectiveSpec("words", {"places": PLACES[arm]}))
+        stage = replace(stage, objective=ObjectiveSpec("words", {**stage.objective.options, "places": PLACES[arm]}))
     optim = replace(stage.optim, lr=lr, warmup_steps=min(20, a.steps // 2))
     budget = replace(stage.budget, steps=a.steps, visual_tokens=512)
     stage = replace(stage, optim=optim, budget=budget, seed=seed).check()
@@ -176,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
     one = kept[a.arms[0]][0]
     notes = [f"probe: {one['n']} things in the scored clips; a blind guess is right about once in six, six and four;"
              " place: R2, 1 is exact, 0 no better than the middle; an untrained tower has its table of places",
-             f"told: {one['held']} things of held-out pairs, {one['other']} others; keye.s0_vit learns no such words",
+             "told: " + ", ".join(f"{one['n ' + k]} {k[6:]}" for k in TOLD) + "; keye.s0_vit learns no such words",
              "grid, shape with seed 0: " + ", ".join(f"{r['arm']} {r['lr']:g}: {r['shape']:.2f}" for r in runs
                                                      if r["seed"] == 0)]  # fmt: skip
     columns = ("taught by", "lr", *(f"probe, {k}" for k in (*ASKED, "place")), *TOLD, "seconds")

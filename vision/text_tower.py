@@ -152,17 +152,16 @@ class ContrastiveModel(nn.Module):
         cu_seqlens: torch.Tensor, words: torch.Tensor, rivals: torch.Tensor,
     ) -> dict[str, tuple[torch.Tensor, int]]:  # fmt: skip
         """What each patch of a region tells of it: the words of its name and the places it takes; what lies in no
-        region is to say nothing. {"words": (fp32 sum, number of regions and frames, a picture being one), "places":
-        (fp32 sum, number of regions)}.
+        region is to say nothing. {"words": (fp32 sum, number of the regions' patches), "silence": (fp32 sum, number
+        of patches in no region), "places": (fp32 sum, number of regions)}.
 
         The arguments are those of `mm.batch.RegionBatch`. A patch's logit for a word is its feature times that
         word's token embedding (the text tower's own table, so hidden_size must equal the vision tower's), for a
-        place of its frame its feature times what the tower's own position table adds there. A region's loss of
-        words is the mean, over its patches and the tokens of its name, of the cross entropy of that token among its
-        rivals; a frame's is the mean over its patches outside all regions of the divergence from all words alike (0
-        where there are none such); a region's loss of places is the mean over its patches of
-        KL(uniform over the region's patches || softmax over all patches of its frame), in fp32. It trains the
-        position table too.
+        place of its frame its feature times what the tower's own position table adds there. A patch's loss of words
+        is, in each region it lies in, the mean over the tokens of the name of the cross entropy of that token among
+        its rivals; of silence, in none, the divergence from all words alike. A region's loss of places is the mean
+        over its patches of KL(uniform over the region's patches || softmax over all patches of its frame), in fp32.
+        It trains the position table too.
         """
         features = self.vision_model(normalise(pixel_values, self.logit_scale.dtype), grid_thw)
         table = self.text_model.embeddings.token_embedding.weight[words]
@@ -171,14 +170,14 @@ class ContrastiveModel(nn.Module):
         patch, token = each_with_each(of, cu_seqlens)
         shown, wanted = logits[rows[patch]], torch.searchsorted(words, input_ids)[token]
         among = shown.masked_fill(~rivals[token], -torch.inf).logsumexp(-1)
-        named = mean_of(among - shown.gather(1, wanted[:, None])[:, 0], of[patch], len(regions))
+        named = mean_of(among - shown.gather(1, wanted[:, None])[:, 0], patch, len(rows))
         bare = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill(0, rows, False)
-        sizes = grid_thw[:, 1:].prod(1).repeat_interleave(grid_thw[:, 0])
-        frame = torch.arange(len(sizes), device=logits.device).repeat_interleave(sizes)[bare]
         silent = logits[bare].logsumexp(-1) - logits[bare].mean(-1) - math.log(len(words))
-        told = named.sum() + mean_of(silent, frame, len(sizes)).sum()
         placed = self._place_loss(features, grid_thw, rows, of, len(regions))
-        return {"words": (told, len(regions) + len(sizes)), "places": (placed, len(regions))}
+        return {
+            "words": (named.sum(), len(named)), "silence": (silent.sum(), len(silent)),
+            "places": (placed, len(regions)),
+        }  # fmt: skip
 
     def _place_loss(
         self, features: torch.Tensor, grid_thw: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, n: int

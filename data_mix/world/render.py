@@ -1,6 +1,7 @@
 """From a scene to frames: a textured, lit background made once, things laid over it frame by frame."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,26 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT), size)
 
 
+def _size(words: str, width: int, short: int) -> int:
+    """Of a sign's font, so that its words fit on a plate so wide."""
+    size = int(0.25 * short)
+    while size > 8 and _font(size).getlength(words) > width - 8:
+        size -= 1
+    return size
+
+
+def letters(words: str, box: Sequence[int], short: int) -> list[tuple[str, list[int]]]:
+    """Each letter of a sign with this plate and its box (x1, y1, x2, y2) in px, as `_plate` writes it."""
+    font = _font(_size(words, box[2] - box[0], short))
+    left, middle = (box[0] + box[2] - font.getlength(words)) / 2, (box[1] + box[3]) / 2
+    at = [left + font.getlength(words[:i]) for i in range(len(words) + 1)]
+    _, top, _, bottom = font.getbbox(words, anchor="lm")
+    return [
+        (letter, [round(at[i]), round(middle + top), round(at[i + 1]), round(middle + bottom)])
+        for i, letter in enumerate(words)
+    ]
+
+
 def _plate(sign: Sign, short: int) -> Image.Image:
     x0, y0, x1, y1 = sign.box
     ground, ink = _PLATES[sign.style]
@@ -80,9 +101,7 @@ def _plate(sign: Sign, short: int) -> Image.Image:
     image = Image.new("RGB", (w, h), ground)
     draw = ImageDraw.Draw(image)
     draw.rectangle((1, 1, w - 2, h - 2), outline=ink)
-    size = int(0.25 * short)
-    while size > 8 and draw.textlength(sign.text, font=_font(size)) > w - 8:
-        size -= 1
+    size = _size(sign.text, w, short)
     draw.text((w / 2, h / 2), sign.text, font=_font(size), fill=ink, anchor="mm")
     return image
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_mix.world import text
+from data_mix.world.render import letters
 from data_mix.world.scene import Scene, draw_sign_text
 from data_mix.world.text import Turn, short, unique
 from data_mix.world.truth import make_still, still_scene
@@ -101,9 +102,12 @@ def grounding_turns(truth: dict, lang: str, random: np.random.Generator) -> list
 
 
 def sign_box(s: dict, truth: dict, lang: str) -> Turn:
-    box = _box_text([thousand(s["box"], truth)])
-    answer = f"<|ocr_text_start|>{s['text']}<|ocr_text_end|><|box_start|>{box}<|box_end|>"
-    return {"type": "ocr_box", "q": "框出牌子并读出来。" if lang == "zh" else "Box and read the sign.", "a": answer}
+    q = "框出牌子并读出来。" if lang == "zh" else "Box and read the sign."
+    return {"type": "ocr_box", "q": q, "a": ocr_text(s["text"], [thousand(s["box"], truth)])}
+
+
+def ocr_text(words: str, boxes: list[list[int]]) -> str:
+    return f"<|ocr_text_start|>{words}<|ocr_text_end|><|box_start|>{_box_text(boxes)}<|box_end|>"
 
 
 def _caption(shot: Shot, random, lang: str) -> tuple[list[dict], list[Any], list[Turn]]:
@@ -341,8 +345,12 @@ def regions_turn(answer: str, lang: str) -> Turn:
 
 
 def regions_in(truth: dict[str, Any], k: int, names: list[str], lang: str) -> list[str]:
-    """At sampled frame k: every thing that is plain to see by its name in `names`, and every sign, each with its
-    boxes."""
+    """At sampled frame k: every thing that is plain to see by its name in `names`, and every letter of a sign, each
+    with its boxes. Letters, for a patch shows hardly more than one."""
     at = zip(names, truth["boxes"][k], truth["seen"][k], strict=True)
     named = [located(name, [thousand(b, truth) for b in boxes]) for name, boxes, seen in at if seen >= 0.5]
-    return named + [sign_box(s, truth, lang)["a"] for s in truth["signs"]]
+    return named + [
+        ocr_text(letter, [thousand(box, truth)])
+        for sign in truth["signs"]
+        for letter, box in letters(sign["text"], sign["box"], min(truth["width"], truth["height"]))
+    ]

@@ -173,15 +173,19 @@ def attributes(truth: dict, lang: str, random: np.random.Generator, things: list
 
 def present(truth: dict, lang: str, random: np.random.Generator) -> Turn:
     """Is there a red ring? Half yes; a no shares the colour or the shape of something there."""
-    things = truth["things"]
-    pairs = {(t["colour"], t["shape"]) for t in things}
-    t = things[int(random.integers(len(things)))]
+    t = truth["things"][int(random.integers(len(truth["things"])))]
     pair, answer = (t["colour"], t["shape"]), "yes"
     if random.random() < 0.5:
-        near = [p for p in COLOUR_SHAPE if p not in pairs and (p[0] == t["colour"]) != (p[1] == t["shape"])]
-        pair, answer = near[int(random.integers(len(near)))], "no"
+        pair, answer = absent(truth, t, random), "no"
     p = phrase(*pair, lang)
     return _t("present", lang, f"Is there a {p}?", f"有{p}吗？", say(answer, lang))
+
+
+def absent(truth: dict, thing: dict, random: np.random.Generator) -> tuple[str, str]:
+    """A colour and shape that training shows, that nothing there has, and of which this thing has one."""
+    there = {(t["colour"], t["shape"]) for t in truth["things"]}
+    near = [p for p in COLOUR_SHAPE if p not in there and (p[0] == thing["colour"]) != (p[1] == thing["shape"])]
+    return near[int(random.integers(len(near)))]
 
 
 def sign(truth: dict, lang: str, random: np.random.Generator) -> Turn:

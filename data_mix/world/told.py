@@ -5,7 +5,7 @@ For a decoder that is to learn to read a picture before there is a tower to see 
 training never shows is never told either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,25 +22,42 @@ SHARES = {
     "caption": 0.15, "ocr": 0.13, "counting": 0.15, "vqa": 0.09, "interleaved": 0.05, "video_caption": 0.15,
     "video_qa": 0.1, "shop": 0.18,
 }  # fmt: skip
+ABSENT = 0.6  # of the things in a list, how many have a near miss beside them
 SHOWN = 4  # frames of a clip beside a list: their words would crowd out the list's
 
 
 def told(seed: int, index: int) -> Sample:
     """A scene (every third a clip) and a list of all in it, in any order (what moves: in the order of moving), each
-    thing from any of its words on: whatever word comes first, all that follow have to be looked up."""
+    thing's words in any order: whatever word comes first, all that follow have to be looked up. Among them are pairs
+    that are not there, marked so in place of a third word."""
     random = rng(seed, "told", index)
     lang, moving = tasks.language(random), index % 3 == 2
     truth = _clip(random) if moving else _still(random)
     frames = np.linspace(0, len(truth["times"]) - 1, SHOWN if moving else 1).round().astype(int).tolist()
-    names = [_turned(t, lang, random) for t in truth["things"]]
     blank = "" if lang == "zh" else " "
+    names = [_mixed([t[k] for k in ("colour", "material", "shape")], lang, random) for t in truth["things"]]
     acts = {e["thing"]: blank + say(e["motion"], lang) for e in truth["events"]}
     rest = [n + (blank + text.still(lang)) * moving for i, n in enumerate(names) if i not in acts]
     rest += [s["text"] for s in truth["signs"]]
+    for t in truth["things"]:
+        if random.random() < ABSENT:
+            rest.append(_mixed(text.absent(truth, t, random), lang, random) + blank + say("none", lang))
     listed = [names[i] + act for i, act in acts.items()] + [rest[i] for i in random.permutation(len(rest))]
     turn = {"type": "list", "q": "", "a": ("、" if lang == "zh" else ", ").join(listed)}
     parts = tasks.video_part(frames) if moving else stills.numbered(1, lang)
     return _sample(stills.conversation(parts, [turn], "told", {"lang": lang}), [in_boxes(truth, frames)], [truth])
+
+
+def told_ask(seed: int, index: int) -> Sample:
+    """A still and question after question about what is in it: each answer one word to look up."""
+    random = rng(seed, "told ask", index)
+    lang = tasks.language(random)
+    truth = _still(random)
+    turns = [*text.attributes(truth, lang, random)[:9], *(text.present(truth, lang, random) for _ in range(2))]
+    turns += [text.sign(truth, lang, random)] if truth["signs"] else []
+    turns = text.distinct([turns[i] for i in random.permutation(len(turns))])
+    return _sample(stills.conversation(stills.numbered(1, lang), turns, "vqa", {"lang": lang}),
+                   [in_boxes(truth, [0])], [truth])  # fmt: skip
 
 
 def told_task(seed: int, index: int) -> Sample:
@@ -86,11 +103,9 @@ def _clip(random: np.random.Generator) -> dict:
     return brief(truth_of(Outline(clip_scene(hero, random, second=random.random() < 0.65)), []))
 
 
-def _turned(thing: dict, lang: str, random: np.random.Generator) -> str:
-    """'red wood ball', 'ball red wood' or 'wood ball red'."""
-    k = int(random.integers(3))
-    words = [say(thing[key], lang) for key in ("colour", "material", "shape")]
-    return ("" if lang == "zh" else " ").join(words[k:] + words[:k])
+def _mixed(words: Sequence[str], lang: str, random: np.random.Generator) -> str:
+    """'red wood ball', 'ball red wood' or in any other order."""
+    return ("" if lang == "zh" else " ").join(say(words[k], lang) for k in random.permutation(len(words)))
 
 
 def in_boxes(truth: dict[str, Any], frames: list[int]) -> str:

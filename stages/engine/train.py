@@ -81,8 +81,7 @@ def train(
             waited = time.monotonic() - clock
             names = [name for b in here for name in b.draws]
             draws.step(step, names)
-            size = {**objective.measure(here), "flops": objective.flops(model, here), "stop": interrupts.asked}
-            size = add_up(size, device)
+            size = add_up({**objective.measure(here), "flops": objective.flops(model, here)}, device)
             batches = [b.to(device) for b in here]
             losses: dict[str, float] = {}
             norm, fine = 0.0, True
@@ -101,7 +100,7 @@ def train(
             at = {"step": step, "counters": counters, "loader": as_json(loader.state(), "the loader's state")}
             at["schedules"] = {t.phase: t.scheduler.state_dict()["last_epoch"] for t in turns}
             every = stage.checkpoint.every_steps
-            if size["stop"] and step < steps:
+            if add_up({"asked": interrupts.asked}, device)["asked"] and step < steps:  # any rank's, by all alike
                 saver.save(step, at, wait=True)
                 stop(log, draws, saver, stage, step)
             elif step == steps or (every and step % every == 0):

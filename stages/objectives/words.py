@@ -11,28 +11,34 @@ from mm.common.errors import UserError
 from stages.engine import flops
 from stages.objectives.objective import Objective, Terms, device_of, grids, most
 from stages.stage import Budget
+from vision.text_tower import region_patches
 
 
 class Words(Objective):
-    """Means over the whole step of `model.region_losses`: of words over regions and frames (a picture is one), and of
-    places over regions; the loss is words + `places` * places.
+    """Means over the whole step of `model.region_losses`: of words and silence over patches, so that a thing counts
+    for more than a letter, and of places over regions; the loss is words + `silence` * silence + `places` * places.
 
     Words are after "Classification Done Right" (Huang et al. 2024, arXiv 2411.03313), where a picture's classes are
     the tokens of its caption; here those of a phrase are asked of each patch that its box touches, each among what
-    else could stand in its place (`data_mix.regions.Names`), and no word of the patches that no box touches. Places
+    else could stand in its place (`data_mix.regions.Names`). Silence of the patches that no box touches and places
     are ours: a thing has the same name wherever it lies, so words alone never ask a tower to keep where that is.
     """
 
     kind = "regions"
 
-    def __init__(self, places: float = 1.0):
-        if not 0 <= places < math.inf:
-            raise UserError(f"objective words: places={places} must be a weight of 0 or more")
-        self.loss_weights = {"words": 1.0, "places": places}
+    def __init__(self, places: float = 1.0, silence: float = 1.0):
+        for name, weight in (("places", places), ("silence", silence)):
+            if not 0 <= weight < math.inf:
+                raise UserError(f"objective words: {name}={weight} must be a weight of 0 or more")
+        self.loss_weights = {"words": 1.0, "silence": silence, "places": places}
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
-        regions = sum(len(b.regions) for b in batches)
-        return {"words": float(regions + sum(int(b.grid_thw[:, 0].sum()) for b in batches)), "places": float(regions)}
+        inside = [region_patches(b.regions, b.grid_thw)[0] for b in batches]
+        patches, covered = (sum(len(b.pixel_values) for b in batches), sum(len(rows.unique()) for rows in inside))
+        return {
+            "words": float(sum(map(len, inside))), "silence": float(patches - covered),
+            "places": float(sum(len(b.regions) for b in batches)),
+        }  # fmt: skip
 
     def accumulate(
         self, model: Any, batches: Sequence[RegionBatch], denominators: dict[str, float],

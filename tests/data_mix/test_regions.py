@@ -11,9 +11,10 @@ from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
 from data_mix.regions import Names, Region, in_patches, named_regions
 from data_mix.shards import ShardWriter
+from data_mix.world.render import _plate, letters
 from data_mix.world.stills import regions_sample, still_sample, thousand
 from data_mix.world.tasks import named_clip
-from data_mix.world.truth import make_brief
+from data_mix.world.truth import make_brief, still_scene
 from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, SHAPES
 from mm.common.errors import BadSample
 from mm.processor import Processor
@@ -198,22 +199,33 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
     assert seen == {f"ball {i}" for i in range(9)}
 
 
+def spelt(regions, truth):
+    """What the letters among the regions spell from left to right; each lies on the sign's plate."""
+    letters = sorted((r for r in regions if len(r.phrase) == 1), key=lambda r: r.box[0])
+    for x1, y1, x2, y2 in (r.box for r in letters):
+        left, top, right, bottom = thousand(truth["signs"][0]["box"], truth)
+        assert left <= x1 < x2 <= right and top <= y1 < y2 <= bottom
+    return [r.phrase for r in letters]
+
+
 def test_the_world_names_what_is_plain_to_see():
-    """Every region's phrase is a thing's name (or a sign's text), its box that thing's."""
+    """Every region's phrase is a thing's name, its box that thing's; or a letter of a sign."""
     named = 0
     for family in ("caption", "counting", "ocr", "vit_pairs"):
         for i in range(8):
             made = still_sample(3, family, i)
             truth, lang = made["truths"][0], made["sample"]["meta"]["lang"]
             regions = named_regions(regions_sample(truth, lang, np.random.default_rng(i)))
-            assert len(regions) == sum(s >= 0.5 for s in truth["seen"][0]) + len(truth["signs"])
-            for phrase, box in ((r.phrase, r.box) for r in regions):
-                boxes = [b[0] for b in truth["boxes"][0] if b] + [s["box"] for s in truth["signs"]]
+            assert spelt(regions, truth) == list("".join(s["text"] for s in truth["signs"]))
+            things = [(r.phrase, r.box) for r in regions if len(r.phrase) > 1]
+            assert len(things) == sum(s >= 0.5 for s in truth["seen"][0])
+            for phrase, box in things:
+                boxes = [b[0] for b in truth["boxes"][0] if b]
                 scale = np.array([truth["width"], truth["height"]] * 2) / 1000
                 near = [np.abs(np.array(box) * scale - b).max() for b in boxes]
                 at = int(np.argmin(near))
                 assert near[at] < 1.0
-                if at < len(truth["things"]) and lang == "en":
+                if lang == "en":
                     t = truth["things"][at]
                     assert phrase == f"{t['colour']} {t['material']} {t['shape']}"
                     named += 1
@@ -234,9 +246,10 @@ def test_the_world_says_what_a_thing_does_and_where_it_passes():
         motions, at = {e["thing"]: e["motion"] for e in truth["events"]}, [[] for _ in order]
         for r in named_regions(sample):
             (shown,) = r.frames(plan)
-            at[shown].append((r.phrase, r.box))
+            at[shown].append(r)
         for k, found in zip(order, at, strict=True):
-            want = [(s["text"], tuple(thousand(s["box"], truth))) for s in truth["signs"]]
+            assert spelt(found, truth) == list("".join(s["text"] for s in truth["signs"]))
+            want = []
             for j, t in enumerate(truth["things"]):
                 if truth["seen"][k][j] < 0.5:
                     continue
@@ -250,8 +263,27 @@ def test_the_world_says_what_a_thing_does_and_where_it_passes():
                 name = f"{t['colour']} {t['material']} {t['shape']} {does}"
                 want += [(name, tuple(thousand(b, truth))) for b in here]
                 said.add(does)
-            assert sorted(found) == sorted(want)
+            assert sorted((r.phrase, r.box) for r in found if len(r.phrase) > 1) == sorted(want)
     assert {"falls", "falls passing", "splits", "splits passing", "slides left passing", "still"} <= said
+
+
+@pytest.mark.parametrize("words", ["COFFEE", "$97", "秒杀", "GO"])
+def test_a_letters_box_holds_its_ink_and_no_others(words):
+    """Nearly all that is written on the plate lies in one of the boxes, and some of it in each."""
+    scene = still_scene(np.random.default_rng(5), [(COLOUR_SHAPE[0], {})], signs=[words], size=(140, 112))
+    (sign,) = scene.signs
+    boxes = letters(words, sign.box, scene.short)
+    assert [letter for letter, _ in boxes] == list(words)
+    x0, y0 = sign.box[:2]
+    image = np.asarray(_plate(sign, scene.short), int)
+    ink = np.abs(image - image[2, 2]).sum(-1) > 90
+    ink[:2] = ink[-2:] = ink[:, :2] = ink[:, -2:] = False  # the frame around the plate
+    inside = np.zeros_like(ink)
+    for _, (x1, y1, x2, y2) in boxes:
+        box = ink[y1 - y0 : y2 - y0, x1 - x0 : x2 - x0]
+        assert box.mean() > 0.15 and not inside[y1 - y0 : y2 - y0, x1 - x0 : x2 - x0].any()
+        inside[y1 - y0 : y2 - y0, x1 - x0 : x2 - x0] = True
+    assert (ink & inside).sum() > 0.97 * ink.sum()
 
 
 def test_batches_move_whole(source, processor, tokenizer):

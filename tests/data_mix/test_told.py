@@ -14,7 +14,7 @@ from data_mix.regions import in_patches, regions_of
 from data_mix.shards import ShardWriter
 from data_mix.stats import stats
 from data_mix.view import CELL, view, written
-from data_mix.world.told import SHARES, told, told_task
+from data_mix.world.told import SHARES, told, told_ask, told_task
 from data_mix.world.words import COLOUR_SHAPE, MOTIONS
 from mm.common.errors import BadSample, UserError
 from mm.sizes import PROCESSORS, SIZES
@@ -29,8 +29,15 @@ def regions_in(sample):
 
 
 def names_of(sample):
-    """Colour, material and shape of each thing, the text of each sign: without what is done."""
-    return {" ".join(r.phrase.split(" ")[:3]) for r in regions_in(sample)}
+    """Colour, material and shape of each thing: without what is done, and without the letters of signs."""
+    return {" ".join(r.phrase.split(" ")[:3]) for r in regions_in(sample) if len(r.phrase) > 1}
+
+
+def written_in(sample):
+    """What the letters of each told picture spell, from left to right; the same in all frames of a clip."""
+    letters = [sorted({(r.box[0], r.phrase) for r in regions_of(told) if len(r.phrase) == 1})
+               for told in sample["told"].values()]  # fmt: skip
+    return ["".join(letter for _, letter in found) for found in letters if found]
 
 
 def listed(sample):
@@ -41,23 +48,27 @@ def listed(sample):
 
 def test_the_list_says_everything_once_from_any_word_on():
     samples = [s for s in (told(3, i) for i in range(150)) if s["meta"]["lang"] == "en"]
-    starts = Counter()
+    starts, absent = Counter(), 0
     for sample in samples:
         items, names = listed(sample), names_of(sample)
         moving = "mp4" in sample["media"]
-        things = [i for i in items if len(i) > 1]
-        assert sorted(sorted(i[:3]) for i in things) == sorted(sorted(n.split(" ")) for n in names if " " in n)
-        assert sorted(i[0] for i in items if len(i) == 1) == sorted(n for n in names if " " not in n)
+        for pair in (set(i[:2]) for i in items if i[-1] == "none"):  # half of it is there, but not together
+            there = [pair & {n.split(" ")[0], n.split(" ")[2]} for n in names]
+            assert max(map(len, there)) == 1 and any(pair == set(p) for p in COLOUR_SHAPE)
+            absent += 1
+        things = [i for i in items if len(i) > 1 and i[-1] != "none"]
+        assert sorted(sorted(i[:3]) for i in things) == sorted(sorted(n.split(" ")) for n in names)
+        assert [i[0] for i in items if len(i) == 1] == written_in(sample)
         acts = [" ".join(i[3:]) for i in things]
         acting = {(*sorted(w[:3]), " ".join(w[3:])) for w in (r.phrase.replace(" passing", "").split(" ") for r in
                 regions_in(sample)) if len(w) > 1}  # fmt: skip
         assert {(*sorted(i[:3]), act) for i, act in zip(things, acts, strict=True)} == acting
         assert set(acts) <= ({*MOTIONS, "still"} if moving else {""})
         assert "still" not in acts[: sum(a != "still" for a in acts)]  # what moves comes first
-        starts.update(("colour", "material", "shape")[" ".join(i[:3]) == n or 2 * (i[0] == n.split(" ")[2])]
+        starts.update(tuple(n.split(" ").index(word) for word in i[:3])
                       for i in things for n in names if sorted(i[:3]) == sorted(n.split(" ")))  # fmt: skip
-    assert min(starts.values()) > 100 and len(starts) == 3
-    said = {(n.split(" ")[0], n.split(" ")[2]) for s in samples for n in names_of(s) if " " in n}
+    assert min(starts.values()) > 50 and len(starts) == 6 and absent > 100
+    said = {(n.split(" ")[0], n.split(" ")[2]) for s in samples for n in names_of(s)}
     assert said == set(COLOUR_SHAPE)
 
 
@@ -90,6 +101,27 @@ def test_tasks_of_every_kind_are_told_whole():
         assert set(named) == sample["told"].keys() == sample["media"].keys() and names_of(sample)
         assert told_task(3, i) == sample
     assert kinds.keys() == SHARES.keys()
+
+
+def test_what_is_asked_can_be_read_off_what_is_told():
+    kinds = Counter()
+    for sample in (s for s in (told_ask(3, i) for i in range(60)) if s["meta"]["lang"] == "en"):
+        things = [n.split(" ") for n in names_of(sample)]
+        turns = [m["content"] for m in sample["messages"]]
+        turns[0] = turns[0][-1]["text"]
+        for kind, q, a in zip(sample["meta"]["types"], turns[::2], turns[1::2], strict=True):
+            words, enough = set(q.rstrip("?").split(" ")), 1 if kind in ("colour", "shape") else 2
+            asked = [t for t in things if len(words & {t[0], t[2]}) >= enough]
+            if kind in ("colour", "material", "shape"):
+                assert [t[("colour", "material", "shape").index(kind)] for t in asked] == [a]
+            elif kind == "present":
+                assert a == ("yes" if asked else "no")
+            elif kind == "ocr":
+                assert [a] == written_in(sample)
+            else:
+                assert kind == "size" and len(asked) == 1 and a in ("small", "large")
+            kinds[kind, a if kind == "present" else ""] += 1
+    assert min(kinds.values()) > 15 and len(kinds) == 7, kinds
 
 
 @pytest.fixture(scope="module")

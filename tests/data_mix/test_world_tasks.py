@@ -46,7 +46,7 @@ def test_every_source_opens_and_names_its_media(world):
             sample = source.sample(i)
             for suffix, fact in sample["media"].items():
                 if suffix in sample.get("told", {}):
-                    assert regions_of(sample["told"][suffix]) and name in ("told", "told_task")
+                    assert regions_of(sample["told"][suffix]) and name in ("told", "told_ask", "told_task")
                 elif fact["kind"] == "image":
                     assert Image.open(io.BytesIO(source.member(i, suffix))).size == (fact["width"], fact["height"])
             roles = [m["role"] for m in sample["messages"]]

@@ -65,19 +65,21 @@ def test_word_loss_does_not_depend_on_the_split(tmp_path, whole_regions, splits)
     compare(gradients(tmp_path, len(splits), "words", splits), whole_regions)
 
 
-def test_places_weigh_in_the_loss_as_asked(tmp_path, whole_regions):
-    """From words alone through 1 to 3 the gradients go in a straight line, and they go."""
+@pytest.mark.parametrize("term", ["silence", "places"])
+def test_terms_weigh_in_the_loss_as_asked(tmp_path, whole_regions, term):
+    """From nothing of a term through 1 to 3 the gradients go in a straight line, and they go."""
     at = {1.0: whole_regions["grads"]}
     for weight in (0.0, 3.0):
         (folder := tmp_path / str(weight)).mkdir()
-        got = gradients(folder, 1, "words", [[[0, 12]]], options={"places": weight})
-        assert got["loss"] == pytest.approx(whole_regions["loss"]) and got["loss"].keys() == {"words", "places"}
+        got = gradients(folder, 1, "words", [[[0, 12]]], options={term: weight})
+        assert got["loss"] == pytest.approx(whole_regions["loss"])
+        assert got["loss"].keys() == {"words", "silence", "places"}
         at[weight] = got["grads"]
     one = {k: at[1.0][k] - at[0.0][k] for k in at[1.0]}
     assert max(g.abs().max().item() for g in one.values()) > 1e-3
     assert max(((at[3.0][k] - at[0.0][k]) / 3 - one[k]).abs().max().item() for k in one) < 1e-5
     with pytest.raises(UserError, match="weight of 0 or more"):
-        Words(places=-1.0)
+        Words(**{term: -1.0})
 
 
 @pytest.mark.parametrize("splits", [

@@ -148,25 +148,26 @@ def test_word_loss_tells_each_word_of_a_region_from_its_rivals_and_asks_the_rest
     rivals = torch.rand(7, 30) < 0.4
     rivals.scatter_(1, torch.tensor([[i - 3] for t in texts for i in t]), True)
     batch = named(regions, texts, grids, rivals)
-    loss, n = ours.region_losses(*batch)["words"]
+    losses = ours.region_losses(*batch)
     table = ours.text_model.embeddings.token_embedding.weight[3:33]
     features = ours.vision_model(batch[0].float() / 127.5 - 1, grids).split([16, 24, 4])
     bare = [torch.ones(*g, dtype=torch.bool) for g in grids.tolist()]
-    want, row = 0.0, iter(rivals)
+    want, silence, row = 0.0, 0.0, iter(rivals)
     for (p, frame, top, left, bottom, right), text in zip(regions, texts, strict=True):
         inside = features[p].view(*grids[p].tolist(), -1)[frame, top:bottom, left:right].flatten(0, 1) @ table.T
         for word in text:
             among = next(row)
             target = torch.tensor(int(among[: word - 3].sum())).expand(len(inside))
-            want = want + F.cross_entropy(inside[:, among], target) / len(text)
+            want = want + F.cross_entropy(inside[:, among], target, reduction="sum") / len(text)
         bare[p][frame, top:bottom, left:right] = False
     assert [int(b.sum()) for b in bare] == [3, 20, 0]
     for p, frame in ((0, 0), (1, 0), (1, 1)):
         shown = features[p].view(*grids[p].tolist(), -1)[frame][bare[p][frame]]
         logprobs = F.log_softmax(shown @ table.T, dim=-1)
         alike = torch.full_like(logprobs, 1 / 30)
-        want = want + F.kl_div(logprobs, alike, reduction="batchmean")
-    assert n == 8 and torch.allclose(loss, want, atol=1e-4)
+        silence = silence + F.kl_div(logprobs, alike, reduction="sum")
+    for name, number, loss in (("words", 6 + 4 + 9 + 4, want), ("silence", 23, silence)):
+        assert losses[name][1] == number and torch.allclose(losses[name][0], loss, rtol=1e-5)
 
 
 def test_place_loss_tells_the_places_of_a_region_from_all_of_its_frame():
@@ -213,5 +214,6 @@ def test_silence_is_where_all_words_are_alike():
     ours = model()
     ours.init_weights(0)
     ours.text_model.embeddings.token_embedding.weight.data.zero_()
-    loss, n = ours.region_losses(*named([[0, 0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))["words"]
-    assert n == 2 and loss.item() == pytest.approx(math.log(30), abs=1e-5)
+    losses = ours.region_losses(*named([[0, 0, 0, 0, 2, 2]], [[5]], torch.tensor([[1, 4, 4]])))
+    assert losses["words"][1] == 4 and losses["words"][0].item() == pytest.approx(4 * math.log(30), abs=1e-4)
+    assert losses["silence"][1] == 12 and losses["silence"][0].item() == pytest.approx(0, abs=1e-4)
