@@ -10,7 +10,8 @@ in the first frames of the world's test clips. "probe" is the same for all and w
 on the mean feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth;
 "place" the same with a linear model of the box's centre, and how much of its variance that tells. "told" asks the
 tower's own words which of the six shapes those patches show, of things whose colour and shape training never showed
-together, and of the others; and which letter each place of a sign shows, of all that stand on the test clips' signs.
+together, and of the others; which letter each place of a sign shows, of all that stand on the test clips' signs; and
+at each place of what moves in a hundred clips seen whole, which of six motions it makes, and which way it slides.
 
     python benchmarks/tower.py --world WORLD
     python benchmarks/tower.py --world WORLD --steps 500 --lrs 8e-3 --arms keye.words "keye.words, full places"
@@ -32,7 +33,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data_mix.regions import in_patches
+from data_mix.regions import in_patches, regions_of
+from data_mix.world import tasks
 from data_mix.world.render import letters as letters_of
 from data_mix.world.stills import thousand
 from data_mix.world.words import HELD_COLOUR_SHAPE, SHAPES
@@ -52,7 +54,9 @@ PLACES = {"keye.words, no places": 0.0, "keye.words, full places": 1.0}  # arm -
 UNTRAINED = "keye.words, untrained"
 ARMS = (WORDS, *PLACES, ALL, PLAIN, "keye.s0_vit", UNTRAINED)
 ASKED = ("colour", "shape", "material")
-TOLD = ("told, held-out pairs", "told, other pairs", "told, letters")
+TOLD = ("told, held-out pairs", "told, other pairs", "told, letters", "told, motion", "told, which way")
+MOVES = ("slides", "rises", "falls", "bounces", "splits", "vanishes")
+WAYS = ("left", "right")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,22 +87,43 @@ def things(world: Path) -> list[tuple[np.ndarray, Any, list[tuple[Any, dict]], l
     return out
 
 
+def moves(world: Path, most: int = 100) -> list[tuple[np.ndarray, Any, list[tuple[int, Any, list[str]]]]]:
+    """Per test clip: the frames that the processor shows [T, H, W, 3], their grid, and each place of what moves as
+    (frame, (top, left, bottom, right) in patches, words of the motion)."""
+    processor, out = PROCESSORS["tiny"], []
+    for path in sorted((world / "clips" / "test").glob("*.json"))[:most]:
+        truth = read_json(path)
+        frames, plan = processor.load_video(path.with_suffix(".mp4"))
+        grid, found = processor.frames_grid(frames), []
+        for region in regions_of(tasks.named_at(truth, list(range(len(truth["times"]))), "en")):
+            _, _, _, *motion = region.phrase.split(" ") if len(region.phrase) > 1 else ("",) * 3
+            if motion and motion[0] in MOVES:
+                found += [(k, in_patches(region.box, *grid[1:]), motion) for k in region.frames(plan)]
+        out.append((frames, grid, found))
+    return out
+
+
+def seen(tower: Any, frames: np.ndarray, grid: Any) -> torch.Tensor:
+    """Features [T, h, w, D] of frames uint8 [T, H, W, 3]."""
+    pixels = torch.from_numpy(PROCESSORS["tiny"].patchify(frames))
+    return tower(normalise(pixels, torch.float32), torch.tensor([grid])).view(*grid, -1)
+
+
 @torch.no_grad()
-def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str, float]:
+def measured(model: Any, tokenizer: Tokenizer, clips: tuple[Sequence[Any], Sequence[Any]]) -> dict[str, float]:
     """Accuracy of a logistic model per attribute and R2 of a linear one of places (clip i is for testing where
-    i % 4 == 3), and accuracy of the tower's own words for shapes."""
-    tower = model.vision_model
-    said = model.text_model.embeddings.token_embedding.weight
-    shapes = said[[tokenizer.encode(" " + s)[-1] for s in SHAPES]]
-    alphabet = sorted({letter for *_, read in clips for _, letter in read})
-    letters = said[[tokenizer.encode(letter)[-1] for letter in alphabet]]
+    i % 4 == 3), and accuracy of the tower's own words, of what `things` and `moves` have found."""
+    tower, (firsts, moving) = model.vision_model, clips
+    table = model.text_model.embeddings.token_embedding.weight
+    alphabet = sorted({letter for *_, read in firsts for _, letter in read})
+    letters = table[[tokenizer.encode(letter)[-1] for letter in alphabet]]
+    shapes, motions, ways = (table[[tokenizer.encode(" " + w)[-1] for w in words]] for words in (SHAPES, MOVES, WAYS))
     rows: list[np.ndarray] = []
     told: dict[str, list[bool]] = {key: [] for key in TOLD}
     facts: list[tuple[int, dict]] = []
     centres: list[tuple[float, float]] = []  # row and column, in shares of the frame
-    for i, (frames, grid, found, read) in enumerate(clips):
-        pixels = torch.from_numpy(PROCESSORS["tiny"].patchify(frames))
-        features = tower(normalise(pixels, torch.float32), torch.tensor([grid])).view(*grid[1:], -1)
+    for i, (frames, grid, found, read) in enumerate(firsts):
+        features = seen(tower, frames, grid)[0]
         for (top, left, bottom, right), thing in found:
             mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
             rows.append(mean.numpy())
@@ -109,6 +134,13 @@ def measured(model: Any, tokenizer: Tokenizer, clips: Sequence[Any]) -> dict[str
         for (top, left, bottom, right), letter in read:
             mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
             told[TOLD[2]].append(alphabet[int((letters @ mean).argmax())] == letter)
+    for frames, grid, found in moving:
+        features = seen(tower, frames, grid)
+        for k, (top, left, bottom, right), motion in found:
+            mean = features[k, top:bottom, left:right].flatten(0, 1).mean(0)
+            told[TOLD[3]].append(MOVES[int((motions @ mean).argmax())] == motion[0])
+            if motion[0] == "slides":
+                told[TOLD[4]].append(WAYS[int((ways @ mean).argmax())] == motion[1])
     x, test = np.stack(rows), np.array([i % 4 == 3 for i, _ in facts])
     out = {key: float(np.mean(hits)) for key, hits in told.items()}
     y = np.array(centres)
@@ -167,7 +199,8 @@ def run(
 def main(argv: Sequence[str] | None = None) -> harness.Json:
     a = parse(argv)
     harness.begin(a)
-    about, clips, lrs = harness.machine(), things(a.world), [float(lr) for lr in a.lrs.split(",")]
+    about, lrs = harness.machine(), [float(lr) for lr in a.lrs.split(",")]
+    clips = (things(a.world), moves(a.world))
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = harness.world_tokenizer(a.world)
@@ -185,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
     one = kept[a.arms[0]][0]
     notes = [f"probe: {one['n']} things in the scored clips; a blind guess is right about once in six, six and four;"
              " place: R2, 1 is exact, 0 no better than the middle; an untrained tower has its table of places",
-             "told: " + ", ".join(f"{one['n ' + k]} {k[6:]}" for k in TOLD) + "; keye.s0_vit learns no such words",
+             "told: " + ", ".join(f"{one['n ' + k]} {k[6:]}" for k in TOLD)
+             + "; keye.s0_vit learns no such words" * ("keye.s0_vit" in a.arms),
              "grid, shape with seed 0: " + ", ".join(f"{r['arm']} {r['lr']:g}: {r['shape']:.2f}" for r in runs
                                                      if r["seed"] == 0)]  # fmt: skip
     columns = ("taught by", "lr", *(f"probe, {k}" for k in (*ASKED, "place")), *TOLD, "seconds")

@@ -332,7 +332,7 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
 def regions_sample(truth: dict[str, Any], lang: str, random: np.random.Generator) -> dict[str, Any] | None:
     """The sample "0.jpg" of a picture as an answer that names everything plain to see by colour, material and
     shape, and what a sign says, each with its box; None where nothing is plain to see."""
-    named = regions_in(truth, 0, [unsized(t, lang) for t in truth["things"]], lang)
+    named = regions_in(truth, 0, [unsized(t, lang) for t in truth["things"]])
     if not named:
         return None
     turn = regions_turn("".join(named[i] for i in random.permutation(len(named))), lang)
@@ -344,7 +344,7 @@ def regions_turn(answer: str, lang: str) -> Turn:
     return {"type": "regions", "q": "框出所有东西。" if lang == "zh" else "Box everything.", "a": answer}
 
 
-def regions_in(truth: dict[str, Any], k: int, names: list[str], lang: str) -> list[str]:
+def regions_in(truth: dict[str, Any], k: int, names: list[str]) -> list[str]:
     """At sampled frame k: every thing that is plain to see by its name in `names`, and every letter of a sign, each
     with its boxes. Letters, for a patch shows hardly more than one."""
     at = zip(names, truth["boxes"][k], truth["seen"][k], strict=True)

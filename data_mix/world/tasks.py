@@ -201,7 +201,7 @@ def named_at(truth: dict, shown: list[int], lang: str) -> str:
         t = truth["times"][k]
         names = [acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
         span = f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
-        lines.append(span + "".join(stills.regions_in(truth, k, names, lang)))
+        lines.append(span + "".join(stills.regions_in(truth, k, names)))
     return "\n".join(lines)
 
 

@@ -113,7 +113,7 @@ def in_boxes(truth: dict[str, Any], frames: list[int]) -> str:
     thing does, as `keye.words` teaches a tower to tell it."""
     if truth["seconds"]:
         return tasks.named_at(truth, frames, "en")
-    return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]], "en"))
+    return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]]))
 
 
 def _sample(sample: Sample, said: list[str], truths: list[dict]) -> Sample:
