@@ -5,13 +5,13 @@ of a region tells the words of its name and where it is; `keye.s0_vit`: the sigm
 their captions), started from random weights, with as many visual tokens a step; and the first of them once more with
 one thing changed: no loss of places, or one that weighs as much as that of words, every word a rival of every other
 (`data_mix.regions.Names`), or SigLIP's own random start of attention in place of the mimetic one (`vision/init.py`);
-and untrained. All measures are of things
-in the first frames of the world's test clips. "probe" is the same for all and was trained by none: a logistic model
-on the mean feature of the patches under a thing's box, fitted on three of four clips and scored on the fourth;
-"place" the same with a linear model of the box's centre, and how much of its variance that tells. "told" asks the
-tower's own words which of the six shapes those patches show, of things whose colour and shape training never showed
-together, and of the others; which letter each place of a sign shows, of all that stand on the test clips' signs; and
-at each place of what moves in a hundred clips seen whole, which of six motions it makes, and which way it slides.
+and untrained. Measured on things in the first frames of the world's test clips. "probe" is the same for all and was
+trained by none: a logistic model on the mean feature of the patches under a thing's box, fitted on three of four
+clips and scored on the fourth; "place" the same with a linear model of the box's centre, and how much of its variance
+that tells. "told" asks the tower's own words which of the six shapes those patches show, of things whose colour and
+shape training never showed together, and of the others; which letter each place of a sign shows, of all that stand on
+the test clips' signs; and at each place of what moves in some hundred clips seen whole, which of six motions it
+makes, and which way it slides.
 
     python benchmarks/tower.py --world WORLD
     python benchmarks/tower.py --world WORLD --steps 500 --lrs 8e-3 --arms keye.words "keye.words, full places"
@@ -91,7 +91,8 @@ def moves(world: Path, most: int = 100) -> list[tuple[np.ndarray, Any, list[tupl
     """Per test clip: the frames that the processor shows [T, H, W, 3], their grid, and each place of what moves as
     (frame, (top, left, bottom, right) in patches, words of the motion)."""
     processor, out = PROCESSORS["tiny"], []
-    for path in sorted((world / "clips" / "test").glob("*.json"))[:most]:
+    paths = sorted((world / "clips" / "test").glob("*.json"))
+    for path in paths[:: max(1, len(paths) // most)]:  # of both splits
         truth = read_json(path)
         frames, plan = processor.load_video(path.with_suffix(".mp4"))
         grid, found = processor.frames_grid(frames), []
@@ -103,7 +104,7 @@ def moves(world: Path, most: int = 100) -> list[tuple[np.ndarray, Any, list[tupl
     return out
 
 
-def seen(tower: Any, frames: np.ndarray, grid: Any) -> torch.Tensor:
+def features_of(tower: Any, frames: np.ndarray, grid: Any) -> torch.Tensor:
     """Features [T, h, w, D] of frames uint8 [T, H, W, 3]."""
     pixels = torch.from_numpy(PROCESSORS["tiny"].patchify(frames))
     return tower(normalise(pixels, torch.float32), torch.tensor([grid])).view(*grid, -1)
@@ -116,14 +117,14 @@ def measured(model: Any, tokenizer: Tokenizer, clips: tuple[Sequence[Any], Seque
     tower, (firsts, moving) = model.vision_model, clips
     table = model.text_model.embeddings.token_embedding.weight
     alphabet = sorted({letter for *_, read in firsts for _, letter in read})
-    letters = table[[tokenizer.encode(letter)[-1] for letter in alphabet]]
+    letters = table[[tokenizer.encode(letter)[0] for letter in alphabet]]
     shapes, motions, ways = (table[[tokenizer.encode(" " + w)[-1] for w in words]] for words in (SHAPES, MOVES, WAYS))
     rows: list[np.ndarray] = []
     told: dict[str, list[bool]] = {key: [] for key in TOLD}
     facts: list[tuple[int, dict]] = []
     centres: list[tuple[float, float]] = []  # row and column, in shares of the frame
     for i, (frames, grid, found, read) in enumerate(firsts):
-        features = seen(tower, frames, grid)[0]
+        features = features_of(tower, frames, grid)[0]
         for (top, left, bottom, right), thing in found:
             mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
             rows.append(mean.numpy())
@@ -135,7 +136,7 @@ def measured(model: Any, tokenizer: Tokenizer, clips: tuple[Sequence[Any], Seque
             mean = features[top:bottom, left:right].flatten(0, 1).mean(0)
             told[TOLD[2]].append(alphabet[int((letters @ mean).argmax())] == letter)
     for frames, grid, found in moving:
-        features = seen(tower, frames, grid)
+        features = features_of(tower, frames, grid)
         for k, (top, left, bottom, right), motion in found:
             mean = features[k, top:bottom, left:right].flatten(0, 1).mean(0)
             told[TOLD[3]].append(MOVES[int((motions @ mean).argmax())] == motion[0])

@@ -74,6 +74,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT), size)
 
 
+@functools.cache
 def _size(words: str, width: int, short: int) -> int:
     """Of a sign's font, so that its words fit on a plate so wide."""
     size = int(0.25 * short)
@@ -86,7 +87,9 @@ def letters(words: str, box: Sequence[int], short: int) -> list[tuple[str, list[
     """Each letter of a sign with this plate and its box (x1, y1, x2, y2) in px, as `_plate` writes it."""
     font = _font(_size(words, box[2] - box[0], short))
     left, middle = (box[0] + box[2] - font.getlength(words)) / 2, (box[1] + box[3]) / 2
-    at = [left + font.getlength(words[:i]) for i in range(len(words) + 1)]
+    ends = [font.getlength(words[: i + 1]) for i in range(len(words))]
+    starts = [end - font.getlength(letter) for end, letter in zip(ends, words, strict=True)]  # letters are kerned
+    at = [left + x for x in (*starts, ends[-1])]
     _, top, _, bottom = font.getbbox(words, anchor="lm")
     return [
         (letter, [round(at[i]), round(middle + top), round(at[i + 1]), round(middle + bottom)])

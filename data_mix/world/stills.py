@@ -331,7 +331,7 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
 
 def regions_sample(truth: dict[str, Any], lang: str, random: np.random.Generator) -> dict[str, Any] | None:
     """The sample "0.jpg" of a picture as an answer that names everything plain to see by colour, material and
-    shape, and what a sign says, each with its box; None where nothing is plain to see."""
+    shape, and the letters of a sign, each with its box; None where nothing is plain to see."""
     named = regions_in(truth, 0, [unsized(t, lang) for t in truth["things"]])
     if not named:
         return None
@@ -346,7 +346,7 @@ def regions_turn(answer: str, lang: str) -> Turn:
 
 def regions_in(truth: dict[str, Any], k: int, names: list[str]) -> list[str]:
     """At sampled frame k: every thing that is plain to see by its name in `names`, and every letter of a sign, each
-    with its boxes. Letters, for a patch shows hardly more than one."""
+    with its boxes. Letters, for a patch shows one or two and hardly ever a word."""
     at = zip(names, truth["boxes"][k], truth["seen"][k], strict=True)
     named = [located(name, [thousand(b, truth) for b in boxes]) for name, boxes, seen in at if seen >= 0.5]
     return named + [

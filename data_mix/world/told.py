@@ -22,7 +22,7 @@ SHARES = {
     "caption": 0.15, "ocr": 0.13, "counting": 0.15, "vqa": 0.09, "interleaved": 0.05, "video_caption": 0.15,
     "video_qa": 0.1, "shop": 0.18,
 }  # fmt: skip
-ABSENT = 0.6  # of the things in a list, how many have a near miss beside them
+ABSENT = 0.6  # of the things in a list, for how many a near miss is listed too
 SHOWN = 4  # frames of a clip beside a list: their words would crowd out the list's
 
 
@@ -39,9 +39,8 @@ def told(seed: int, index: int) -> Sample:
     acts = {e["thing"]: blank + say(e["motion"], lang) for e in truth["events"]}
     rest = [n + (blank + text.still(lang)) * moving for i, n in enumerate(names) if i not in acts]
     rest += [s["text"] for s in truth["signs"]]
-    for t in truth["things"]:
-        if random.random() < ABSENT:
-            rest.append(_mixed(text.absent(truth, t, random), lang, random) + blank + say("none", lang))
+    near = {text.absent(truth, t, random): None for t in truth["things"] if random.random() < ABSENT}
+    rest += [_mixed(pair, lang, random) + blank + say("none", lang) for pair in near]
     listed = [names[i] + act for i, act in acts.items()] + [rest[i] for i in random.permutation(len(rest))]
     turn = {"type": "list", "q": "", "a": ("、" if lang == "zh" else ", ").join(listed)}
     parts = tasks.video_part(frames) if moving else stills.numbered(1, lang)
@@ -49,13 +48,14 @@ def told(seed: int, index: int) -> Sample:
 
 
 def told_ask(seed: int, index: int) -> Sample:
-    """A still and question after question about what is in it: each answer one word to look up."""
+    """A still and question after question about what is in it; none has been answered by what was said before."""
     random = rng(seed, "told ask", index)
     lang = tasks.language(random)
     truth = _still(random)
-    turns = [*text.attributes(truth, lang, random)[:9], *(text.present(truth, lang, random) for _ in range(2))]
+    turns = [t for t in text.attributes(truth, lang, random) if t["type"] != "size"]  # boxes alone tell of size
+    turns += [text.present(truth, lang, random) for _ in range(2)]
     turns += [text.sign(truth, lang, random)] if truth["signs"] else []
-    turns = text.distinct([turns[i] for i in random.permutation(len(turns))])
+    turns = text.unspoiled(text.distinct([turns[i] for i in random.permutation(len(turns))]))
     return _sample(stills.conversation(stills.numbered(1, lang), turns, "vqa", {"lang": lang}),
                    [in_boxes(truth, [0])], [truth])  # fmt: skip
 
@@ -109,7 +109,7 @@ def _mixed(words: Sequence[str], lang: str, random: np.random.Generator) -> str:
 
 
 def in_boxes(truth: dict[str, Any], frames: list[int]) -> str:
-    """Everything by colour, material and shape, and every sign; in these sampled frames of a clip also what each
+    """Everything by colour, material and shape, and every letter; in these sampled frames of a clip also what each
     thing does, as `keye.words` teaches a tower to tell it."""
     if truth["seconds"]:
         return tasks.named_at(truth, frames, "en")

@@ -6,9 +6,9 @@ At small and 8b this stage does not exist. A decoder from nothing needs longest 
 the red thing and say what else it is. Pictures teach that slowly, with a tower in the way and few such words among
 many others. So here the pictures are told: in place of what a tower sees, each visual token is the mean of the
 embeddings of the words for what lies there (`mm/told.py`). A third are lists of all that a scene holds, and of what
-it does not, each thing's words in any order: they ask for hardly anything but looking up. A third are questions whose
-answer is one word of the picture, and the others ask what stage 2 will. s1_align then only has to find those words
-for what the tower sees.
+it does not, each thing's words in any order: they ask for hardly anything but looking up. Nearly as many are plain
+questions about single things, the others ask what stage 2 will. s1_align then only has to find those words for what
+the tower sees.
 """
 
 from data_mix.mix import SourceSpec

@@ -34,9 +34,9 @@ class Words(Objective):
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
         inside = [region_patches(b.regions, b.grid_thw)[0] for b in batches]
-        patches, covered = (sum(len(b.pixel_values) for b in batches), sum(len(rows.unique()) for rows in inside))
+        bare = sum(len(b.pixel_values) - len(rows.unique()) for b, rows in zip(batches, inside, strict=True))
         return {
-            "words": float(sum(map(len, inside))), "silence": float(patches - covered),
+            "words": float(sum(map(len, inside))), "silence": float(bare),
             "places": float(sum(len(b.regions) for b in batches)),
         }  # fmt: skip
 

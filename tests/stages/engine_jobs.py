@@ -22,17 +22,19 @@ from mm.parallelize import parallelize
 from mm.processor import Processor
 from mm.tokenizer import Tokenizer
 from stages import objectives
+from stages.engine import train as engine
 from stages.engine.train import Stopped, Turn, train
 from stages.stage import Budget, Checkpoints, ObjectiveSpec, Optim
 from tests.stages import engine_toy as toy
 
 
 def run(folder: str, settings: str = "{}") -> None:
-    """Train the toy stage. Settings: model, every (checkpoint), at (step -> what happens before it), slow (largest
-    sleep per step), recompute (activation checkpointing), bf16 (whether the machine has it), and fields of the
-    stage."""
+    """Train the toy stage. Settings: model, every (checkpoint), at (step -> what happens before it), within
+    (the same, after its update), slow (largest sleep per step), recompute (activation checkpointing), bf16
+    (whether the machine has it), and fields of the stage."""
     given = json.loads(settings)
     kind, at, slow = given.pop("model", "keye"), given.pop("at", {}), given.pop("slow", 0.0)
+    within = given.pop("within", {})
     recompute, make, fingerprint = given.pop("recompute", False), toy.pack, given.pop("fingerprint", "toy")
     saving = {"every_steps": given.pop("every", 4), "keep": 2, "asynchronous": given.pop("asynchronous", True)}
     given["checkpoint"] = Checkpoints(**saving)
@@ -46,6 +48,13 @@ def run(folder: str, settings: str = "{}") -> None:
     stage = toy.stage(optim=optim, **given)
     model = toy.contrastive() if kind == "contrastive" else toy.keye(config=recomputing() if recompute else toy.KEYE)
     loader = EventfulLoader(stage.budget.packs_per_step, make=make, fingerprint=fingerprint, at=at, slow=slow)
+    judge = engine.judge
+
+    def judge_late(stage, counters, fine, step, *rest):
+        loader.happen(within.get(str(step), ""))
+        return judge(stage, counters, fine, step, *rest)
+
+    engine.judge = judge_late
     try:
         train(stage, folder, model=model, loader=loader, hand_on=toy.hand_on)
     except Stopped as e:

@@ -47,11 +47,11 @@ def straight(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "asked"), [(1, "term"), (1, "int"), (2, "term")])
-def test_asked_to_stop_it_saves_and_goes_on_bit_for_bit(tmp_path, ranks, asked):
+@pytest.mark.parametrize(("ranks", "when", "asked"), [(1, "at", "term"), (1, "at", "int"), (2, "within", "term")])
+def test_asked_to_stop_it_ends_its_step_and_goes_on_bit_for_bit(tmp_path, ranks, when, asked):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     launch.run("run", whole, ranks=ranks, steps=9)
-    out = launch.run("run", parts, ranks=ranks, steps=9, at={"6": asked})
+    out = launch.run("run", parts, ranks=ranks, steps=9, **{when: {"6": asked}})
     assert "STOPPED toy stopped at step 6 of 9" in out and "the same command goes on" in out
     assert not (parts / "model").exists()
     launch.run("run", parts, ranks=ranks, steps=9)
