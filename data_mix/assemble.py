@@ -84,8 +84,9 @@ class Assembler:
         patch, suffix = self.processor.patch_size, suffix_of(part)
         plan = video_plan(sample["media"][suffix], self.processor) if part["type"] == "video" else None
         height, width = shape[1] // patch, shape[2] // patch
-        places = [
-            ((frame, *in_patches(region.box, height, width)), self.tokenizer.encode(f" {region.phrase}"))
+        places = [  # names as they stand in a sentence, letters as they stand in a word
+            ((frame, *in_patches(region.box, height, width)),
+             self.tokenizer.encode(" " * (len(region.phrase) > 1) + region.phrase))
             for region in regions_of(sample["told"][suffix]) for frame in region.frames(plan)
         ]  # fmt: skip
         return spell(shape, places, patch)

@@ -39,9 +39,12 @@ GROUNDING = frozenset(
 ANSWER = GROUNDING | {"<think>", "</think>", "<tool_call>", "</tool_call>"}
 
 # How text is cut before merging, as Qwen does: contractions, words with one leading mark, single digits, runs of
-# other marks, line ends, blanks. Chinese has no blanks, so a run of it is one "word" and merges can span it.
+# other marks, line ends, blanks. Chinese has no blanks, so a run of it is one "word" and merges can span it. Unlike
+# Qwen, capitals in a row stand alone, and so does the mark before them: what a sign says is read by its letters.
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" r"|[^\r\n\p{L}\p{N}]?\p{L}+" r"|\p{N}" r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}](?=\p{Lu}{2})" r"|\p{Lu}(?=\p{Lu})" r"|(?<=\p{Lu})\p{Lu}(?!\p{Ll})"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+" r"|\p{N}" r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+" r"|\s+(?!\S)" r"|\s+"
 )  # fmt: skip
 

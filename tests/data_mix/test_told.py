@@ -165,7 +165,7 @@ def test_packs_carry_the_words_to_their_places(source, tokenizer):
             if region.span is not None:  # half a second around i / 2
                 frame = sample["messages"][0]["content"][0]["frames"].index(round(sum(region.span)))
             top, left, bottom, right = in_patches(region.box, *grid[1:])
-            ids = tokenizer.encode(" " + region.phrase)
+            ids = tokenizer.encode(" " * (len(region.phrase) > 1) + region.phrase)
             for place in said[frame, top:bottom, left:right].reshape(-1, patch).tolist():
                 assert any(place[k : k + len(ids)] == ids for k in range(patch)) or place[-1] >= 0
             here[frame, top:bottom, left:right] = True

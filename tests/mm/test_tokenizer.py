@@ -46,6 +46,17 @@ def test_digits_stand_alone_and_chinese_merges_run_on(tokenizer):
     assert any(len(p) > 1 and p[-1] >= "\u4e00" for p in pieces)
 
 
+def test_capitals_in_a_row_stand_alone(tokenizer):
+    letters = [tokenizer.encode(letter) for letter in "SALE"]
+    assert all(len(ids) == 1 for ids in letters)
+    for text, at in (("SALE", 0), (" SALE", 1), ("says SALE.", -5), ('"SALE', 1)):
+        ids = tokenizer.encode(text)
+        start = at % len(ids)
+        assert [[i] for i in ids[start : start + 4]] == letters and tokenizer.decode(ids) == text
+    shared = tokenizer.train(["What is it? What is new? IBMs"] * 50, 400)
+    assert len(shared.encode("What")) == 1 and len(shared.encode("IBMs")) == 3
+
+
 def test_only_what_is_allowed_becomes_special(tokenizer):
     text = "<|im_start|>a <|box_start|>(1,2)<|box_end|><think>"
     ids = tokenizer.encode(text, allow=GROUNDING)
