@@ -8,8 +8,8 @@ answer names each thing, where it is and, in a clip, what it does, and each lett
 grounding format. Every patch of a region tells the words of its name from their rivals (`data_mix/regions.py:
 Names`), and the places of its box from all places of its frame; what lies in no region says no word. So a picture
 teaches at a hundred places and not at one (`benchmarks/tower.py` sets it against s0_vit alone), and the tower keeps
-where things are, which no word needs. Places and that silence are learnt at once (docs/benchmarks.md, "What teaches a
-tower"), so they weigh little, by single trials.
+where things are, which no word needs. Places are learnt at once (docs/benchmarks.md, "What teaches a tower"), that
+silence too (the stage's log), so they weigh little, by single trials.
 """
 
 from data_mix.mix import SourceSpec
