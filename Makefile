@@ -1,4 +1,4 @@
-# make quickstart   install, train the four stages at tiny size, evaluate, write the report   (38 minutes on two old cores; meant: 15)
+# make quickstart   install, train the four stages at tiny size, evaluate, write the report   (40 minutes on two old cores; meant: 15)
 # make full         the same, longer, and comparing practised before stage 3                (52 minutes with bf16, before `told`)
 # make test         install, lint, type-check, fast tests          make test-slow   the long truths
 SHELL := /bin/bash
@@ -11,7 +11,7 @@ quickstart: install
 	$(BIN)/mm run keye --size tiny --to s3 --out runs/quickstart
 
 full: install
-	$(BIN)/mm run keye --size tiny --scale 4 --set s2_multitask.budget.steps=1920 --to s3 --out runs/full
+	$(BIN)/mm run keye --size tiny --scale 4 --to s3 --out runs/full
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ def moves(world: Path, most: int = 100) -> list[tuple[np.ndarray, Any, list[tupl
         truth = read_json(path)
         frames, plan = processor.load_video(path.with_suffix(".mp4"))
         grid, found = processor.frames_grid(frames), []
-        for region in regions_of(tasks.named_at(truth, list(range(len(truth["times"]))), "en")):
+        for region in regions_of(tasks.named_at(truth, list(range(len(truth["times"]))))):
             _, _, _, *motion = region.phrase.split(" ") if len(region.phrase) > 1 else ("",) * 3
             if motion and motion[0] in MOVES:
                 found += [(k, in_patches(region.box, *grid[1:]), motion) for k in region.frames(plan)]

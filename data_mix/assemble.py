@@ -17,7 +17,7 @@ from data_mix.decode import DecodePool, Job, settle
 from data_mix.media_plan import first_media, frames_shape, pair_ids, shown, video_plan
 from data_mix.mix import Draw
 from data_mix.pack import CONVERSATIONS, PackPlan
-from data_mix.regions import in_patches, named_regions, phrase_ids, regions_of
+from data_mix.regions import in_patches, named_regions, phrase_ids, regions_of, said
 from data_mix.sample import media_parts, suffix_of
 from mm.batch import Batch, PairBatch, RegionBatch
 from mm.common.errors import BadSample
@@ -84,11 +84,10 @@ class Assembler:
         patch, suffix = self.processor.patch_size, suffix_of(part)
         plan = video_plan(sample["media"][suffix], self.processor) if part["type"] == "video" else None
         height, width = shape[1] // patch, shape[2] // patch
-        places = [  # names as they stand in a sentence, letters as they stand in a word
-            ((frame, *in_patches(region.box, height, width)),
-             self.tokenizer.encode(" " * (len(region.phrase) > 1) + region.phrase))
+        places = [
+            ((frame, *in_patches(region.box, height, width)), said(region.phrase, self.tokenizer))
             for region in regions_of(sample["told"][suffix]) for frame in region.frames(plan)
-        ]  # fmt: skip
+        ]
         return spell(shape, places, patch)
 
     def _packs(self, pack: list[Pending]) -> Made:

@@ -125,9 +125,13 @@ def in_patches(box: Box, rows: int, columns: int) -> Box:
     return top, left, max(bottom, top + 1), max(right, left + 1)
 
 
+def said(phrase: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a name as it stands in a sentence, after a blank; of a single letter as it stands in a word."""
+    return tokenizer.encode(phrase if len(phrase) == 1 else f" {phrase}")
+
+
 def phrase_ids(phrase: str, tokenizer: Tokenizer, max_text: int) -> list[int]:
-    """The tokens of a phrase, cut to `max_text` with the end mark. Raises BadSample for an empty one."""
-    ids = tokenizer.encode(phrase)[: max_text - 1]
-    if not ids:
+    """The tokens of a phrase as said, cut to `max_text` with the end mark. Raises BadSample for an empty one."""
+    if not phrase:
         raise BadSample("a named region has an empty name")
-    return [*ids, tokenizer.id("<|im_end|>")]
+    return [*said(phrase, tokenizer)[: max_text - 1], tokenizer.id("<|im_end|>")]

@@ -185,7 +185,10 @@ class Keye(nn.Module):
         """(name, fp32 CPU tensor) of every parameter, one at a time: for whoever fills sharded parameters."""
         for name, p in self.named_parameters():
             ours = name.startswith(("model.", "lm_head."))
-            yield name, self._decoder_start(name, p.shape, seed) if ours else siglip(name, p.shape, seed)
+            value = self._decoder_start(name, p.shape, seed) if ours else siglip(name, p.shape, seed)
+            if name == "mlp_AR.linear_2.weight":  # so that pictures begin no louder than words
+                value *= self.config.decoder.initializer_range
+            yield name, value
 
     def _decoder_start(self, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
         """N(0, initializer_range); the matrices that write to the residual stream smaller by sqrt(2 * layers)."""

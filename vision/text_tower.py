@@ -167,10 +167,7 @@ class ContrastiveModel(nn.Module):
         table = self.text_model.embeddings.token_embedding.weight[words]
         logits = (features @ table.to(features.dtype).T).float()  # [N, U]
         rows, of = region_patches(regions, grid_thw)
-        patch, token = each_with_each(of, cu_seqlens)
-        shown, wanted = logits[rows[patch]], torch.searchsorted(words, input_ids)[token]
-        among = shown.masked_fill(~rivals[token], -torch.inf).logsumexp(-1)
-        named = mean_of(among - shown.gather(1, wanted[:, None])[:, 0], patch, len(rows))
+        named = word_losses(logits[rows], of, input_ids, cu_seqlens, words, rivals)
         bare = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill(0, rows, False)
         silent = logits[bare].logsumexp(-1) - logits[bare].mean(-1) - math.log(len(words))
         placed = self._place_loss(features, grid_thw, rows, of, len(regions))
@@ -222,6 +219,18 @@ def region_patches(regions: torch.Tensor, grid_thw: torch.Tensor) -> tuple[torch
         rows.append((starts[picture] + lines + torch.arange(left, right, device=device)).flatten())
     sizes = torch.tensor([len(r) for r in rows], device=device)
     return torch.cat(rows), torch.arange(len(rows), device=device).repeat_interleave(sizes)
+
+
+def word_losses(
+    logits: torch.Tensor, of: torch.Tensor, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, words: torch.Tensor,
+    rivals: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """fp32 [K]: of every patch of every region, given its logits [K, U] for the words and its region `of`, the mean
+    over the tokens of the region's name of the cross entropy of that token among its rivals."""
+    patch, token = each_with_each(of, cu_seqlens)
+    shown, wanted = logits[patch], torch.searchsorted(words, input_ids)[token]
+    among = shown.masked_fill(~rivals[token], -torch.inf).logsumexp(-1)
+    return mean_of(among - shown.gather(1, wanted[:, None])[:, 0], patch, len(of))
 
 
 def mean_of(values: torch.Tensor, of: torch.Tensor, n: int) -> torch.Tensor:

@@ -230,10 +230,9 @@ class _World:
         for job, made in zip(jobs, self.crew.run(jobs), strict=True):
             family = job[2]
             self.sources[family].write(made["key"], made["sample"], made["media"])
-            if family != "interleaved":
-                lang, random = made["sample"]["meta"]["lang"], rng(self.seed, "regions", made["key"])
-                if named := stills.regions_sample(made["truths"][0], lang, random):
-                    self.sources["regions"].write(made["key"], named, made["media"])
+            named = stills.regions_sample(made["truths"][0], rng(self.seed, "regions", made["key"]))
+            if named and family != "interleaved":
+                self.sources["regions"].write(made["key"], named, made["media"])
             if family in ("counting", "ocr", "grounding"):
                 have = sum(r["split"] == "train" for r in self.rows[family])
                 found = tasks.probe_row(family, made["sample"], made["truths"][0], numbers[family])

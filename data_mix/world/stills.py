@@ -329,19 +329,20 @@ def still_sample(seed: int, family: str, index: int) -> dict[str, Any]:
     return {"key": name, "sample": sample, "media": {f"{i}.jpg": j for i, j in enumerate(jpgs)}, "truths": truths}
 
 
-def regions_sample(truth: dict[str, Any], lang: str, random: np.random.Generator) -> dict[str, Any] | None:
+def regions_sample(truth: dict[str, Any], random: np.random.Generator) -> dict[str, Any] | None:
     """The sample "0.jpg" of a picture as an answer that names everything plain to see by colour, material and
-    shape, and the letters of a sign, each with its box; None where nothing is plain to see."""
-    named = regions_in(truth, 0, [unsized(t, lang) for t in truth["things"]])
+    shape, and the letters of a sign, each with its box; None where nothing is plain to see. In English alone: these
+    names stand for what is seen (`told`), not for what is said of it."""
+    named = regions_in(truth, 0, [unsized(t, "en") for t in truth["things"]])
     if not named:
         return None
-    turn = regions_turn("".join(named[i] for i in random.permutation(len(named))), lang)
-    sample = conversation(numbered(1, lang), [turn], "regions", {"lang": lang, "truths": [truth]})
+    turn = regions_turn("".join(named[i] for i in random.permutation(len(named))))
+    sample = conversation(numbered(1, "en"), [turn], "regions", {"lang": "en", "truths": [truth]})
     return {**sample, "media": media_facts([truth])}
 
 
-def regions_turn(answer: str, lang: str) -> Turn:
-    return {"type": "regions", "q": "框出所有东西。" if lang == "zh" else "Box everything.", "a": answer}
+def regions_turn(answer: str) -> Turn:
+    return {"type": "regions", "q": "Box everything.", "a": answer}
 
 
 def regions_in(truth: dict[str, Any], k: int, names: list[str]) -> list[str]:

@@ -17,7 +17,6 @@ from data_mix.world.words import (
     SHAPE_MOTION,
     SHAPES,
     held_out,
-    say,
 )
 from mm.common.seeds import rng
 
@@ -155,7 +154,7 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     random = rng(seed, "talk", name)
     samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
     if truth["fps"] != FPS:
-        samples["tracks"] = named_clip(seed, name, truth)
+        samples["tracks"] = named_clip(truth)
         if moves := motion(truth, language(rng(seed, "asked of motion", name))):
             samples["motion"] = moves
     mixed = reorder(truth, rng(seed, "reorder", name))
@@ -173,16 +172,16 @@ def clip_facts(truth: dict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def acting(truth: dict, i: int, k: int, shown: list[int], lang: str) -> str:
+def acting(truth: dict, i: int, k: int, shown: list[int]) -> str:
     """'red wood ring falls passing', without 'passing' where it stands in another of the shown frames as in frame
     k, 'red wood ring still' of what never acts."""
-    words = [stills.unsized(truth["things"][i], lang), text.still(lang)]
+    words = [stills.unsized(truth["things"][i], "en"), text.still("en")]
     for e in truth["events"]:
         if e["thing"] == i:
-            words[1:] = [say(e["motion"], lang)]
+            words[1:] = [e["motion"]]
             if not any(_same_place(truth, i, k, other) for other in shown if other != k):
-                words.append("经过" if lang == "zh" else "passing")
-    return ("" if lang == "zh" else " ").join(words)
+                words.append("passing")
+    return " ".join(words)
 
 
 def _same_place(truth: dict, i: int, a: int, b: int) -> bool:
@@ -193,25 +192,24 @@ def _same_place(truth: dict, i: int, a: int, b: int) -> bool:
     return float(np.abs(np.subtract(before, after)).max()) <= min(truth["width"], truth["height"]) / 30
 
 
-def named_at(truth: dict, shown: list[int], lang: str) -> str:
+def named_at(truth: dict, shown: list[int]) -> str:
     """Line by line for these sampled frames: when it is, and everything plain to see by what it is, what it does, and
     whether it is where it is in that frame alone."""
     half, lines = 0.5 / truth["fps"], []
     for k in shown:
         t = truth["times"][k]
-        names = [acting(truth, i, k, shown, lang) for i in range(len(truth["things"]))]
+        names = [acting(truth, i, k, shown) for i in range(len(truth["things"]))]
         span = f"<|clip_time_start|>[{max(t - half, 0.0):.2f},{t + half:.2f}]<|clip_time_end|>"
         lines.append(span + "".join(stills.regions_in(truth, k, names)))
     return "\n".join(lines)
 
 
-def named_clip(seed: int, name: str, truth: dict, frames: int = 3) -> dict:
+def named_clip(truth: dict, frames: int = 3) -> dict:
     """Some frames of a brief clip, evenly spread, with everything plain to see in each, called by what it is, what
     it does, and whether it is where it is in that frame alone."""
-    lang = language(rng(seed, "tracks", name))
     shown = np.linspace(0, len(truth["times"]) - 1, frames).round().astype(int).tolist()
-    turn = stills.regions_turn(named_at(truth, shown, lang), lang)
-    return stills.conversation(video_part(shown), [turn], "tracks", {"lang": lang})
+    turn = stills.regions_turn(named_at(truth, shown))
+    return stills.conversation(video_part(shown), [turn], "tracks", {"lang": "en"})
 
 
 def named_frames(seed: int, name: str, frames: list[np.ndarray], truth: dict) -> list[tuple[str, dict, bytes]]:
@@ -220,7 +218,7 @@ def named_frames(seed: int, name: str, frames: list[np.ndarray], truth: dict) ->
     for k in sorted(random.choice(len(truth["sampled"]), 2, replace=False).tolist()):
         still = {key: truth[key] for key in ("width", "height", "things", "signs")}
         still |= {"boxes": [truth["boxes"][k]], "seen": [truth["seen"][k]], "events": []}
-        if sample := stills.regions_sample(still, language(random), random):
+        if sample := stills.regions_sample(still, random):
             out.append((f"{name}-{k}", sample, encode.jpeg(frames[truth["sampled"][k]])))
     return out
 

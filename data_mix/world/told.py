@@ -112,7 +112,7 @@ def in_boxes(truth: dict[str, Any], frames: list[int]) -> str:
     """Everything by colour, material and shape, and every letter; in these sampled frames of a clip also what each
     thing does, as `keye.words` teaches a tower to tell it."""
     if truth["seconds"]:
-        return tasks.named_at(truth, frames, "en")
+        return tasks.named_at(truth, frames)
     return "".join(stills.regions_in(truth, 0, [stills.unsized(t, "en") for t in truth["things"]]))
 
 

@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-VERSION = "10"
+VERSION = "11"
 LANGUAGES = ("en", "zh")
 
 SHAPES = ("ball", "cube", "cone", "star", "ring", "cross")

@@ -168,5 +168,12 @@ def of_regions(model: Any, batch: RegionBatch) -> Flops:
     return _total(parts, {"text": ("tower",), "places": ("tower",)}, {**trained_shares(model), "text": 1.0})
 
 
+def of_aligned(model: Any, batch: RegionBatch) -> Flops:
+    """A `mm.told.Aligned`: tower and projector alone."""
+    grids = batch.grid_thw.tolist()
+    parts = {"tower": _tower(model.config.vision, grids), "projector": _projector(model.config, grids)}
+    return _total(parts, {"projector": ("tower",)}, trained_shares(model))
+
+
 def _lengths(cu_seqlens: torch.Tensor) -> list[int]:
     return (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()

@@ -24,7 +24,7 @@ from mm.processor import Processor
 from mm.sizes import PROCESSORS
 from mm.template import DEFAULT_SYSTEM
 from mm.tokenizer import ANSWER, Tokenizer
-from mm.told import Told
+from mm.told import Aligned, Told
 from stages import objectives
 from stages.engine.log import open_append, write_line
 from stages.engine.train import train
@@ -102,7 +102,7 @@ def empty(stage: Stage) -> Keye | ContrastiveModel:
 
 def _construct(stage: Stage) -> Keye | ContrastiveModel:
     if isinstance(stage.model, KeyeConfig):
-        return (Told if objectives.make(stage.objective).kind == "told" else Keye)(stage.model)
+        return {"told": Told, "regions": Aligned}.get(objectives.make(stage.objective).kind, Keye)(stage.model)
     return ContrastiveModel(VisionTower(stage.model.vision), TextTower(stage.model.text))
 
 

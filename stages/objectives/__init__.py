@@ -5,11 +5,13 @@ from mm.common.errors import UserError
 from stages.objectives.contrastive import Contrastive
 from stages.objectives.next_token import NextToken, ToldNextToken
 from stages.objectives.objective import Objective
+from stages.objectives.told_features import ToldFeatures
 from stages.objectives.words import Words
 from stages.stage import ObjectiveSpec
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken, "told": ToldNextToken, "contrastive": Contrastive, "words": Words,
+    "told_features": ToldFeatures,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from stages.engine import flops
 from stages.objectives.objective import Objective, Terms, device_of, grids, most
 from stages.stage import Budget
 from vision.text_tower import region_patches
+from vision.vit import VisionConfig
 
 
 class Words(Objective):
@@ -68,16 +69,16 @@ class Words(Objective):
 
     def blank(self, model: Any) -> RegionBatch:
         """One region of which nothing counts: what a rank with nothing left runs."""
-        return _regions(model, torch.tensor([[1, 2, 2]]), 1)
+        return whole_pictures(model.vision_model.config, torch.tensor([[1, 2, 2]]), 1)
 
     def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> RegionBatch:
         words = model.text_model.config.vocab_size
-        return _regions(model, grids(max(budget.visual_tokens, pieces), pieces), words)
+        return whole_pictures(model.vision_model.config, grids(max(budget.visual_tokens, pieces), pieces), words)
 
 
-def _regions(model: Any, grid: torch.Tensor, words: int) -> RegionBatch:
+def whole_pictures(vision: VisionConfig, grid: torch.Tensor, words: int) -> RegionBatch:
     """One region a picture, all of it, its name the first of so many words."""
-    patch, rows = model.vision_model.config.patch_size, torch.arange(len(grid))
+    patch, rows = vision.patch_size, torch.arange(len(grid))
     zero = torch.zeros_like(rows)
     return RegionBatch(
         input_ids=zero, cu_seqlens=torch.arange(len(grid) + 1, dtype=torch.int32),

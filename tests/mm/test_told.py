@@ -1,13 +1,15 @@
 """Told pictures: what patches spell is what a decoder reads, and nothing else of the model takes part."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mm.batch import Batch
+from mm.batch import Batch, RegionBatch
 from mm.processor import Processor
-from mm.told import Told, spell, spelt
-from tests.stages.engine_toy import IMAGE, KEYE
+from mm.told import NEAR, SURE, Aligned, Told, named_features, spell, spelt
+from tests.stages.engine_toy import IMAGE, KEYE, regions
 
 PROCESSOR = Processor(patch_size=4, image_max_tokens=8)
 GRID = torch.tensor([[1, 4, 4], [2, 2, 4]])
@@ -70,3 +72,69 @@ def test_black_and_the_grey_of_a_step_without_pictures_tell_nothing(words):
     assert model.visual_features(black, GRID[:1]).any() == bool(words)
     assert not model.visual_features(torch.full((4, 48), 127, dtype=torch.uint8), torch.tensor([[1, 2, 2]])).any()
     assert not np.any(spell((1, 16, 16), [], 4))
+
+
+def test_names_of_regions_give_what_the_told_picture_gives():
+    """The projector's aim is what `Told` makes of the same places, spelt: of a picture and of a clip."""
+    model, patches = told()
+    named = [(0, 0, 0, 0, 2, 2), (0, 0, 1, 1, 4, 3), (1, 1, 0, 0, 1, 4)]
+    names, end = ([7, 9], [11], [1, 2, 3, 4]), 58  # of the fifth word there is no room in a patch of four
+    batch = RegionBatch(
+        input_ids=torch.tensor([i for n in names for i in (*n, end)]), cu_seqlens=torch.tensor([0, 3, 5, 10]),
+        pixel_values=patches, grid_thw=GRID, regions=torch.tensor(named), words=torch.arange(60),
+        rivals=torch.ones(10, 60, dtype=torch.bool),
+    )  # fmt: skip
+    want = model.visual_features(patches, GRID)
+    torch.testing.assert_close(named_features(model.model.embed_tokens.weight, batch, 2), want)
+
+
+def aligned():
+    model = Aligned(KEYE)
+    model.init_weights(0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("mlp_AR."))
+    return model, model.model.embed_tokens.weight
+
+
+def test_the_loss_of_a_projector_is_telling_words_from_rivals_and_a_distance():
+    """Held against a loop over patches, regions and words."""
+    (model, table), batch = aligned(), regions(0, 5)
+    features = model.visual_features(batch.pixel_values, batch.grid_thw)
+    word, merge = table.square().sum(1).mean(), torch.nn.functional.cross_entropy
+    want = NEAR * (features - named_features(table, batch, 2)).square().sum() / word
+    starts, grids = batch.cu_seqlens.tolist(), batch.grid_thw.tolist()
+    for k, (row, _, top, left, bottom, right) in enumerate(batch.regions.tolist()):
+        first, last = starts[k : k + 2]
+        before = sum(h * w // 4 for _, h, w in grids[:row])
+        for y in range(top, bottom):
+            for x in range(left, right):
+                feature = features[before + y // 2 * (grids[row][2] // 2) + x // 2]
+                logits = feature @ table[batch.words].T * SURE / word
+                told = [merge(logits.masked_fill(~batch.rivals[i], -torch.inf), batch.input_ids[i])
+                        for i in range(first, last - 1)]  # fmt: skip
+                want = want + sum(told) / max(len(told), 1) / 4
+    loss, n = model.loss(batch)
+    assert n == len(batch.pixel_values) // 4
+    torch.testing.assert_close(loss, want)
+
+
+def test_a_projector_comes_to_give_what_is_told():
+    """Of one picture of two things it gives, with nothing else trained, their words where they lie."""
+    model, table = aligned()
+    made, stream = regions(0, 1), torch.Generator().manual_seed(0)
+    batch = replace(
+        made, grid_thw=torch.tensor([[1, 4, 4]]),
+        pixel_values=torch.randint(0, 256, (16, 48), dtype=torch.uint8, generator=stream),
+        regions=torch.tensor([[0, 0, 0, 0, 4, 2], [0, 0, 0, 2, 4, 4]]), input_ids=torch.tensor([3, 7, 59, 4, 9, 59]),
+        cu_seqlens=torch.tensor([0, 3, 6]), rivals=torch.ones(6, 60, dtype=torch.bool),
+    )  # fmt: skip
+    told = named_features(table, batch, 2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        model.loss(batch)[0].backward()
+        optimizer.step()
+    features = model.visual_features(batch.pixel_values, batch.grid_thw)
+    best = (features @ table.T).topk(2).indices.sort().values.tolist()
+    assert best == [[3, 7], [4, 9], [3, 7], [4, 9]]
+    assert torch.cosine_similarity(features, told).min() > 0.8

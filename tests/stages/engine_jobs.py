@@ -98,14 +98,16 @@ class EventfulLoader(toy.Loader):
 
 def gradients(folder: str, settings: str) -> None:
     """Loss and gradients of one step: {"model", "splits": per rank a list of micro-batches}, where a
-    micro-batch is [first, n] pairs (of "words": pictures), or a pack number. Rank 0 writes them whole."""
+    micro-batch is [first, n] pairs (of "words" and "told_features": pictures), or a pack number. Rank 0 writes them
+    whole."""
     given = json.loads(settings)
     kind, cpu = given["model"], torch.device("cpu")
     options = given.get("options", {})
     stage = toy.stage(objective=ObjectiveSpec("next_token" if kind == "keye" else kind, options))
     config = recomputing() if given.get("recompute") else toy.KEYE
-    model = parallelize(toy.keye(config=config) if kind == "keye" else toy.contrastive(), device=cpu)
-    make = {"keye": toy.pack, "contrastive": lambda m: toy.pairs(*m), "words": lambda m: toy.regions(*m)}[kind]
+    whole = {"keye": lambda: toy.keye(config=config), "told_features": toy.aligned}.get(kind, toy.contrastive)()
+    model = parallelize(whole, device=cpu)
+    make = {"keye": toy.pack, "contrastive": lambda m: toy.pairs(*m)}.get(kind, lambda m: toy.regions(*m))
     batches = [make(m) for m in given["splits"][dist.rank()]]
     everything = dict.fromkeys(dict(model.named_parameters()), "*")
     turn = Turn("main", model, everything, objectives.make(stage.objective), stage)

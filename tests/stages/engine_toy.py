@@ -9,6 +9,7 @@ from mm.common import dist
 from mm.common.errors import UserError
 from mm.decoder import DecoderConfig
 from mm.keye import Keye, KeyeConfig
+from mm.told import Aligned
 from stages.stage import Budget, Checkpoints, Log, ObjectiveSpec, Optim, Stage
 from vision.text_tower import ContrastiveModel, TextConfig, TextTower
 from vision.vit import VisionConfig, VisionTower
@@ -32,6 +33,12 @@ TEXT = TextConfig(
 
 def keye(seed: int = 0, config: KeyeConfig = KEYE) -> Keye:
     model = Keye(config)
+    model.init_weights(seed)
+    return model
+
+
+def aligned(seed: int = 0) -> Aligned:
+    model = Aligned(KEYE)
     model.init_weights(seed)
     return model
 

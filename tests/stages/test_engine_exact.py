@@ -65,6 +65,16 @@ def test_word_loss_does_not_depend_on_the_split(tmp_path, whole_regions, splits)
     compare(gradients(tmp_path, len(splits), "words", splits), whole_regions)
 
 
+@pytest.mark.parametrize("splits", [[[[0, 5], [5, 4]], [[9, 3]]], [[[0, 12]], []]])
+def test_distance_from_what_is_told_does_not_depend_on_the_split(tmp_path, splits):
+    """With a rank that has no picture too; and it teaches the tower and the projector, never the words."""
+    (tmp_path / "whole").mkdir()
+    whole = gradients(tmp_path / "whole", 1, "told_features", [[[0, 12]]])
+    compare(gradients(tmp_path, 2, "told_features", splits), whole)
+    moved = {name.split(".")[0] for name, g in whole["grads"].items() if g.any()}
+    assert moved == {"visual", "mlp_AR"}
+
+
 @pytest.mark.parametrize("term", ["silence", "places"])
 def test_terms_weigh_in_the_loss_as_asked(tmp_path, whole_regions, term):
     """From nothing of a term through 1 to 3 the gradients go in a straight line, and they go."""

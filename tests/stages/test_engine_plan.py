@@ -79,6 +79,15 @@ def test_flops_of_regions_agree_with_torchs_counter():
     assert sum(ours.forward.values()) == pytest.approx(forward, rel=0.02)
 
 
+def test_flops_of_learning_what_is_told_agree_with_torchs_counter():
+    model, batch = toy.aligned(), toy.regions(0, 12)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("mlp_AR."))
+    ours = flops.of_aligned(model, batch)
+    assert sum(ours.forward.values()) == pytest.approx(counted(lambda: model.loss(batch)), rel=0.02)
+    assert ours.training == pytest.approx(counted(lambda: model.loss(batch)[0].backward()), rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weights_and_optimizer_bytes_are_exact(name):
     stage = toy.stage(train={"*": 1.0, "visual.*": 0.0}, optim=Optim(name=name))
