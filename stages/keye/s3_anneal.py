@@ -7,7 +7,7 @@
 Published: all parameters train on curated data; 1.5 judged 24 % video, 50 % image, 26 % text best by tokens; the
 Preview ends by averaging models annealed on different mixtures. Not published, so ours: which mixtures (one of
 pictures mostly, one with more video; at tiny more of the shop, to keep what s2_practice taught), their lengths, the
-tower at a tenth of the rate, equal weights in the average.
+tower (at tiny the projector too, as in stage 2) at a tenth of the rate, equal weights in the average.
 """
 
 from data_mix.mix import SourceSpec
@@ -35,7 +35,7 @@ BUDGETS = {
     "8b": Budget(tokens=131_072, visual_tokens=98_304, packs_per_step=32, steps=10_000),
 }
 OPTIM = {
-    "tiny": Optim(name="muon", lr=7e-4, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=10,
+    "tiny": Optim(name="muon", lr=5e-4, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=10,
                   min_lr_ratio=0.0),
     "small": Optim(lr=3e-5, warmup_steps=100, min_lr_ratio=0.0),
     "8b": Optim(lr=1e-5, warmup_steps=200, min_lr_ratio=0.0),
@@ -47,7 +47,7 @@ def stage(size: str, mixture: str = "image") -> Stage:
     return Stage(
         name=f"keye.s3_anneal_{mixture}", size=size, doc=__doc__, model=SIZES[size],
         start=["s2_multitask"],  # in long runs at tiny: s2_practice (stages/keye/recipe.py)
-        train={"*": 1.0, "visual.*": 0.1},
+        train={"*": 1.0, "visual.*": 0.1, **({"mlp_AR.*": 0.1} if size == "tiny" else {})},
         mix=[SourceSpec(name, share * weight) for share, kind in kinds for name, weight in kind.items()],
         optim=OPTIM[size], budget=BUDGETS[size], precision="auto",
         sharding="replicate" if size == "tiny" else "full",
