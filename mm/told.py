@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from mm.batch import RegionBatch
 from mm.keye import Keye, merge_order
 from vision.text_tower import region_patches, word_losses
 
@@ -54,43 +53,52 @@ class Told(Keye):
 
 
 SURE = 6.0  # the logit of a word where a visual token is that word and nothing else
-NEAR = 0.02  # what the distance weighs in the loss of `Aligned`
 
 
 class Aligned(Keye):
     """A Keye whose projector learns to give for a picture what the same picture, told, gives."""
 
-    def loss(self, batch: RegionBatch) -> tuple[torch.Tensor, int]:  # type: ignore[override]
-        """(fp32 sum over the visual tokens, their number), of two terms. How well each word of a region can be told
-        from its rivals, by the product of the visual token with the word's embedding: as in
-        `ContrastiveModel.region_losses`, so that what no picture shows together is not learnt to exclude each other.
-        And, by `NEAR`, the squared distance from what is told of the same place, in words (the mean
-        square of an embedding)."""
-        table = self.model.embed_tokens.weight.detach().float()
-        features = self.visual_features(batch.pixel_values, batch.grid_thw).float()
-        merge, word = self.config.merge_size, table.square().sum(1).mean()
-        apart = (features - named_features(table, batch, merge)).square().sum() / word
-        rows, of = region_patches(batch.regions, batch.grid_thw)
-        place = merge_order(batch.grid_thw, merge).argsort() // merge**2  # visual token of each patch
-        logits = features @ table[batch.words].T * (SURE / word)
-        starts = batch.cu_seqlens.long()
-        ends = torch.arange(len(starts), device=starts.device)  # the end marks that are left out before each name
-        kept = _words(batch)
-        ids, rivals = batch.input_ids[kept], batch.rivals[kept]
-        told = word_losses(logits[place[rows]], of, ids, starts - ends, batch.words, rivals)
-        return told.sum() / merge**2 + NEAR * apart, len(features)
+    def region_losses(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor, words: torch.Tensor, rivals: torch.Tensor,
+    ) -> dict[str, tuple[torch.Tensor, int]]:  # fmt: skip
+        """{"words", "distance"}: (fp32 sum over the visual tokens, their number). The arguments are those of
+        `mm.batch.RegionBatch`.
+
+        words: how well each word of a name can be told from its rivals, by the product of the visual token with the
+        word's embedding, as `ContrastiveModel.region_losses` asks it of patches: what no picture shows together is
+        not learnt to exclude each other. distance: the square of that from what is told of the same place, in words
+        (the mean square of an embedding).
+        """
+        table, merge = self.model.embed_tokens.weight.detach().float(), self.config.merge_size
+        features = self.visual_features(pixel_values, grid_thw).float()
+        word, (kept, starts) = table.square().sum(1).mean(), without_ends(input_ids, cu_seqlens)
+        rows, of = region_patches(regions, grid_thw)
+        place = merge_order(grid_thw, merge).argsort() // merge**2  # the visual token of each patch
+        logits = features @ table[words].T * (SURE / word)
+        told = word_losses(logits[place[rows]], of, input_ids[kept], starts, words, rivals[kept])
+        apart = features - named_features(table, grid_thw, regions, input_ids[kept], starts, merge)
+        n = len(features)
+        return {"words": (told.sum() / merge**2, n), "distance": (apart.square().sum() / word, n)}
 
 
-def named_features(table: torch.Tensor, batch: RegionBatch, merge: int) -> torch.Tensor:
-    """What `Told` gives for these pictures, told by the names of their regions: [n, D] from embeddings [V, D]."""
-    lengths, kept = batch.cu_seqlens.diff().long(), _words(batch)
+def named_features(
+    table: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor, merge: int,
+) -> torch.Tensor:  # fmt: skip
+    """What `Told` gives for these pictures, told by the names (without end marks) of their regions: [n, D] from
+    embeddings [V, D]."""
+    lengths = cu_seqlens.diff().long()
     of_token = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths)
-    names = table.new_zeros(len(lengths), table.shape[1]).index_add(0, of_token[kept], table[batch.input_ids[kept]])
-    rows, of = region_patches(batch.regions, batch.grid_thw)
-    patches = table.new_zeros(len(batch.pixel_values), table.shape[1]).index_add(0, rows, names[of])
-    return patches[merge_order(batch.grid_thw, merge)].unflatten(0, (-1, merge**2)).mean(1)
+    names = table.new_zeros(len(lengths), table.shape[1]).index_add(0, of_token, table[input_ids])
+    rows, of = region_patches(regions, grid_thw)
+    patches = table.new_zeros(int(grid_thw.prod(1).sum()), table.shape[1]).index_add(0, rows, names[of])
+    return patches[merge_order(grid_thw, merge)].unflatten(0, (-1, merge**2)).mean(1)
 
 
-def _words(batch: RegionBatch) -> torch.Tensor:
-    """bool [L]: the tokens of names without their end marks, which no picture tells."""
-    return torch.ones_like(batch.input_ids, dtype=torch.bool).index_fill(0, batch.cu_seqlens[1:].long() - 1, False)
+def without_ends(input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bool [L], int64 [R + 1]): which tokens of names are no end marks, which no picture tells, and where each name
+    starts among those."""
+    starts = cu_seqlens.long()
+    kept = torch.ones_like(input_ids, dtype=torch.bool).index_fill(0, starts[1:] - 1, False)
+    return kept, starts - torch.arange(len(starts), device=starts.device)

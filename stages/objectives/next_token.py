@@ -15,36 +15,34 @@ from stages.stage import Budget
 class NextToken(Objective):
     """Sum of token losses / trained tokens in the whole step. The model offers `loss(batch) -> (sum, n)`."""
 
-    term = "next_token"
-
-    def counts(self, batches: Sequence[Any]) -> dict[str, float]:
-        return {self.term: float(sum(int(b.target_mask().sum()) for b in batches))}
+    def counts(self, batches: Sequence[Batch]) -> dict[str, float]:
+        return {"next_token": float(sum(int(b.target_mask().sum()) for b in batches))}
 
     def accumulate(
-        self, model: Any, batches: Sequence[Any], denominators: dict[str, float], phase: str = "main"
+        self, model: Any, batches: Sequence[Batch], denominators: dict[str, float], phase: str = "main"
     ) -> Terms:
         device = device_of(model)
         total, count = torch.zeros((), device=device), 0.0
-        weight = 1.0 / max(denominators[self.term], 1e-9)
+        weight = 1.0 / max(denominators["next_token"], 1e-9)
         for i in range(most(batches, device)):
-            real = i < len(batches)
-            loss, n = model.loss(batches[i] if real else self.blank(model).to(device))
-            (loss * weight * real).backward()
-            total, count = total + loss.detach() * real, count + float(n) * real
-        return {self.term: (total, count)}
+            batch = batches[i] if i < len(batches) else self.blank(model).to(device)
+            loss, n = model.loss(batch)
+            (loss * weight).backward()
+            total, count = total + loss.detach(), count + float(n)
+        return {"next_token": (total, count)}
 
-    def measure(self, batches: Sequence[Any]) -> dict[str, float]:
+    def measure(self, batches: Sequence[Batch]) -> dict[str, float]:
         patches = sum(b.pixel_values.shape[0] for b in batches)
         return {**super().measure(batches), "patches": patches}
 
-    def flops(self, model: Any, batches: Sequence[Any]) -> float:
+    def flops(self, model: Any, batches: Sequence[Batch]) -> float:
         return sum(flops.of_batch(model, b).training for b in batches)
 
-    def blank(self, model: Any) -> Any:
+    def blank(self, model: Any) -> Batch:
         """Two tokens, nothing to predict, no picture: weighs nothing, runs every collective."""
         return _batch(model, [2], torch.zeros(0, 3, dtype=torch.int64), trained=False)
 
-    def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> Any:
+    def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> Batch:
         """Equal segments, in each a picture with its share of `visual_tokens`; all other tokens trained."""
         length = max(budget.tokens // pieces, 2)
         lengths = [length] * (pieces - 1) + [max(budget.tokens - length * (pieces - 1), 2)]
@@ -56,7 +54,7 @@ class ToldNextToken(NextToken):
 
     kind = "told"
 
-    def flops(self, model: Any, batches: Sequence[Any]) -> float:
+    def flops(self, model: Any, batches: Sequence[Batch]) -> float:
         """Words are looked up in a table: of pictures only the decoder's share is work."""
         return super().flops(model, [replace(b, grid_thw=b.grid_thw[:0]) for b in batches])
 

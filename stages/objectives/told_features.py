@@ -7,31 +7,27 @@ import torch
 
 from mm.batch import RegionBatch
 from stages.engine import flops
-from stages.objectives.next_token import NextToken
 from stages.objectives.objective import grids
-from stages.objectives.words import whole_pictures
+from stages.objectives.words import Words, checked, whole_pictures
 from stages.stage import Budget
 
 
-class ToldFeatures(NextToken):
-    """Mean over the visual tokens of the whole step of what `mm.told.Aligned.loss` sums: how well each tells the
-    words of its place from their rivals, and how near it is to what is told there. A decoder that has learnt to read
-    told pictures (`keye.told`) then reads real ones, as far as the tower knows the words."""
+class ToldFeatures(Words):
+    """Means over the visual tokens of the whole step of `mm.told.Aligned.region_losses`; the loss is words +
+    `distance` * distance. A decoder that has learnt to read told pictures (`keye.told`) then reads real ones, as far
+    as the tower knows the words. Words teach what pairs that no picture shows do not unlearn, distance how loud each
+    word is to be (`benchmarks/projector.py` sets them against each other)."""
 
-    kind = "regions"
-    term = "told_features"
+    def __init__(self, words: float = 1.0, distance: float = 0.02):
+        self.loss_weights = checked("told_features", words=words, distance=distance)
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
-        return {self.term: float(sum(len(b.pixel_values) // 4 for b in batches))}
-
-    def measure(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
-        return {**super().measure(batches), "tokens": sum(len(b.pixel_values) // 4 for b in batches)}
+        return dict.fromkeys(self.loss_weights, float(sum(len(b.pixel_values) // 4 for b in batches)))
 
     def flops(self, model: Any, batches: Sequence[RegionBatch]) -> float:
         return sum(flops.of_aligned(model, b).training for b in batches)
 
     def blank(self, model: Any) -> RegionBatch:
-        """One picture that counts for nothing."""
         return whole_pictures(model.config.vision, torch.tensor([[1, 2, 2]]), 1)
 
     def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> RegionBatch:

@@ -28,10 +28,7 @@ class Words(Objective):
     kind = "regions"
 
     def __init__(self, places: float = 1.0, silence: float = 1.0):
-        for name, weight in (("places", places), ("silence", silence)):
-            if not 0 <= weight < math.inf:
-                raise UserError(f"objective words: {name}={weight} must be a weight of 0 or more")
-        self.loss_weights = {"words": 1.0, "silence": silence, "places": places}
+        self.loss_weights = checked("words", words=1.0, silence=silence, places=places)
 
     def counts(self, batches: Sequence[RegionBatch]) -> dict[str, float]:
         inside = [region_patches(b.regions, b.grid_thw)[0] for b in batches]
@@ -74,6 +71,14 @@ class Words(Objective):
     def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> RegionBatch:
         words = model.text_model.config.vocab_size
         return whole_pictures(model.vision_model.config, grids(max(budget.visual_tokens, pieces), pieces), words)
+
+
+def checked(objective: str, **weights: float) -> dict[str, float]:
+    """The weights of an objective's terms. Raises UserError for one that is none."""
+    for term, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"objective {objective}: {term}={weight} must be a weight of 0 or more")
+    return weights
 
 
 def whole_pictures(vision: VisionConfig, grid: torch.Tensor, words: int) -> RegionBatch:

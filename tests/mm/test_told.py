@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mm.batch import Batch, RegionBatch
 from mm.processor import Processor
-from mm.told import NEAR, SURE, Aligned, Told, named_features, spell, spelt
+from mm.told import SURE, Aligned, Told, named_features, spell, spelt, without_ends
 from tests.stages.engine_toy import IMAGE, KEYE, regions
 
 PROCESSOR = Processor(patch_size=4, image_max_tokens=8)
@@ -74,18 +75,27 @@ def test_black_and_the_grey_of_a_step_without_pictures_tell_nothing(words):
     assert not np.any(spell((1, 16, 16), [], 4))
 
 
+def losses(model, batch):
+    given = ("pixel_values", "grid_thw", "regions", "input_ids", "cu_seqlens", "words", "rivals")
+    return model.region_losses(*(getattr(batch, name) for name in given))
+
+
+def told_of(table, batch):
+    kept, starts = without_ends(batch.input_ids, batch.cu_seqlens)
+    return named_features(table, batch.grid_thw, batch.regions, batch.input_ids[kept], starts, 2)
+
+
 def test_names_of_regions_give_what_the_told_picture_gives():
     """The projector's aim is what `Told` makes of the same places, spelt: of a picture and of a clip."""
     model, patches = told()
     named = [(0, 0, 0, 0, 2, 2), (0, 0, 1, 1, 4, 3), (1, 1, 0, 0, 1, 4)]
-    names, end = ([7, 9], [11], [1, 2, 3, 4]), 58  # of the fifth word there is no room in a patch of four
+    names, end = ([7, 9], [11], [1, 2, 3, 4]), 58  # of a fifth word there is no room in a patch of four
     batch = RegionBatch(
         input_ids=torch.tensor([i for n in names for i in (*n, end)]), cu_seqlens=torch.tensor([0, 3, 5, 10]),
         pixel_values=patches, grid_thw=GRID, regions=torch.tensor(named), words=torch.arange(60),
         rivals=torch.ones(10, 60, dtype=torch.bool),
     )  # fmt: skip
-    want = model.visual_features(patches, GRID)
-    torch.testing.assert_close(named_features(model.model.embed_tokens.weight, batch, 2), want)
+    torch.testing.assert_close(told_of(model.model.embed_tokens.weight, batch), model.visual_features(patches, GRID))
 
 
 def aligned():
@@ -96,13 +106,11 @@ def aligned():
     return model, model.model.embed_tokens.weight
 
 
-def test_the_loss_of_a_projector_is_telling_words_from_rivals_and_a_distance():
+def test_the_losses_of_a_projector_are_telling_words_from_rivals_and_a_distance():
     """Held against a loop over patches, regions and words."""
     (model, table), batch = aligned(), regions(0, 5)
-    features = model.visual_features(batch.pixel_values, batch.grid_thw)
-    word, merge = table.square().sum(1).mean(), torch.nn.functional.cross_entropy
-    want = NEAR * (features - named_features(table, batch, 2)).square().sum() / word
-    starts, grids = batch.cu_seqlens.tolist(), batch.grid_thw.tolist()
+    features, word = model.visual_features(batch.pixel_values, batch.grid_thw), table.square().sum(1).mean()
+    starts, grids, want = batch.cu_seqlens.tolist(), batch.grid_thw.tolist(), torch.zeros(())
     for k, (row, _, top, left, bottom, right) in enumerate(batch.regions.tolist()):
         first, last = starts[k : k + 2]
         before = sum(h * w // 4 for _, h, w in grids[:row])
@@ -110,12 +118,13 @@ def test_the_loss_of_a_projector_is_telling_words_from_rivals_and_a_distance():
             for x in range(left, right):
                 feature = features[before + y // 2 * (grids[row][2] // 2) + x // 2]
                 logits = feature @ table[batch.words].T * SURE / word
-                told = [merge(logits.masked_fill(~batch.rivals[i], -torch.inf), batch.input_ids[i])
+                told = [F.cross_entropy(logits.masked_fill(~batch.rivals[i], -torch.inf), batch.input_ids[i])
                         for i in range(first, last - 1)]  # fmt: skip
                 want = want + sum(told) / max(len(told), 1) / 4
-    loss, n = model.loss(batch)
-    assert n == len(batch.pixel_values) // 4
-    torch.testing.assert_close(loss, want)
+    got = losses(model, batch)
+    assert {n for _, n in got.values()} == {len(batch.pixel_values) // 4}
+    torch.testing.assert_close(got["words"][0], want)
+    torch.testing.assert_close(got["distance"][0], (features - told_of(table, batch)).square().sum() / word)
 
 
 def test_a_projector_comes_to_give_what_is_told():
@@ -128,13 +137,13 @@ def test_a_projector_comes_to_give_what_is_told():
         regions=torch.tensor([[0, 0, 0, 0, 4, 2], [0, 0, 0, 2, 4, 4]]), input_ids=torch.tensor([3, 7, 59, 4, 9, 59]),
         cu_seqlens=torch.tensor([0, 3, 6]), rivals=torch.ones(6, 60, dtype=torch.bool),
     )  # fmt: skip
-    told = named_features(table, batch, 2)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()
-        model.loss(batch)[0].backward()
+        got = losses(model, batch)
+        (got["words"][0] + 0.02 * got["distance"][0]).backward()
         optimizer.step()
     features = model.visual_features(batch.pixel_values, batch.grid_thw)
     best = (features @ table.T).topk(2).indices.sort().values.tolist()
     assert best == [[3, 7], [4, 9], [3, 7], [4, 9]]
-    assert torch.cosine_similarity(features, told).min() > 0.8
+    assert torch.cosine_similarity(features, told_of(table, batch)).min() > 0.8
