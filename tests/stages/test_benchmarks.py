@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mm import formats
 from mm.common.errors import UserError
+from mm.keye import Keye
+from mm.sizes import PROCESSORS, SIZES
+from mm.tokenizer import Tokenizer
+from stages.keye import s0_vit
+from vision.text_tower import ContrastiveModel, TextTower
+from vision.vit import VisionTower
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -18,6 +25,7 @@ import gpu_step
 import harness
 import optimizer
 import packing
+import projector
 import tower
 import train_speed
 
@@ -74,6 +82,29 @@ def test_optimizers_are_compared(stage, micro_world, tmp_path, small_vocabulary)
     got = figures(optimizer, tmp_path, "--world", micro_world, "--stage", stage, "--steps", 1, "--seeds", 1,
                   "--lrs", "1e-3", "--shares", "1", "--eval-packs", 1)  # fmt: skip
     assert got["adamw_lr"] == 1e-3 and len(got["muon"]["1.0"]) == 1 and 0 < got["adamw"][0] < 100
+
+
+def test_projectors_are_taught_and_asked_alike(micro_world, tmp_path, monkeypatch):
+    """On a run whose decoder and tower know nothing; of all that they are asked, one thing."""
+    monkeypatch.setattr(projector, "TASKS", ("ocr",))
+    made = tmp_path / "run"
+    texts = [line for p in sorted((micro_world / "text").glob("*.jsonl")) for line in p.read_text().splitlines()]
+    tokenizer = Tokenizer.train(texts, 512)
+    towers = s0_vit.stage("tiny").model
+    models = {"told": Keye(SIZES["tiny"].bound(tokenizer)),
+              "s0_vit": ContrastiveModel(VisionTower(towers.vision), TextTower(towers.text))}  # fmt: skip
+    for name, model in models.items():
+        model.init_weights(0)
+        formats.save(made / name / "model", model, PROCESSORS["tiny"], tokenizer)
+    with pytest.raises(UserError, match="has not made 'world'"):
+        projector.main(["--run", str(made)])
+    (made / "world").mkdir()
+    (made / "world" / "world").symlink_to(micro_world)
+    arms = projector.ARMS[1:]  # the first is s1_align as it is
+    got = figures(projector, tmp_path, "--run", made, "--steps", 1, "--seeds", 1, "--limit", 1, "--arms", *arms)
+    assert [r["arm"] for r in got["runs"]] == list(arms)
+    assert all(r["n"] == {"ocr/seen": 1, "ocr/unseen": 1} for r in got["runs"])
+    assert all(0 <= v <= 1 for r in got["runs"] for v in r["values"].values())
 
 
 OFTEN = ("keye.words", "keye.words, no places", "keye.words, untrained")

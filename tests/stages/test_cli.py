@@ -123,19 +123,19 @@ def test_the_commands_of_the_launch_page_name_sources_that_there_are():
 def test_samples_that_give_no_data_are_named(mm, model, micro_world, tmp_path):
     """As they are met, one line each, over two starts of one run; and counted in the end."""
     broken = tmp_path / "broken"
-    pairs = Source(micro_world / "sources" / "vit_pairs")
-    with ShardWriter(broken, "vit_pairs") as out:
-        for i in range(len(pairs)):
-            at = pairs.locate(i, "0.jpg")
+    regions = Source(micro_world / "sources" / "regions")
+    with ShardWriter(broken, "regions") as out:
+        for i in range(len(regions)):
+            at = regions.locate(i, "0.jpg")
             jpg = Path(at.path).read_bytes()[at.offset : at.offset + (at.size // 2 if i % 2 else at.size)]
-            out.write(f"pair-{i}", pairs.sample(i), {"0.jpg": jpg})
+            out.write(f"named-{i}", regions.sample(i), {"0.jpg": jpg})
     run = tmp_path / "run" / "s1_align"
     command = ["run", "keye.s1_align", "--from", model, "--world", micro_world, "--out", run.parent, "--ranks", 1,
-               "--workers", 0, "--data", f"vit_pairs={broken}", "--set", "budget.steps=3"]  # fmt: skip
+               "--workers", 0, "--data", f"regions={broken}", "--set", "budget.steps=3"]  # fmt: skip
     code, said = mm(*command, "--set", "data.max_bad=0.0")
     assert code == 2 and "samples are bad" in said and "raise data.max_bad" in said, said
     first = read_jsonl(run / "skipped-rank0.jsonl")
-    assert first and all("pair-" in row["sample"] and row["reason"] for row in first)
+    assert first and all("named-" in row["sample"] and row["reason"] for row in first)
     code, said = mm(*command, "--set", "data.max_bad=1.0")
     assert code == 0 and "attention sdpa" in said, said
     rows = read_jsonl(run / "skipped-rank0.jsonl")
