@@ -68,7 +68,7 @@ def figures_of(sizes: Sizes, budget: tuple[int, int], ours: float, seed: int) ->
 
 def of_world(a: argparse.Namespace, tokens: int, seed: int) -> dict[str, float]:
     budget = (tokens, tokens * BUDGETS["tiny"].visual_tokens // BUDGETS["tiny"].tokens)
-    mix = Mix([SourceSpec(str(harness.source(a.world, n).folder), w) for n, w in MIX.items()], seed)
+    mix = Mix([SourceSpec(str(harness.source(a.world, n).folder), w) for n, w in MIX["tiny"].items()], seed)
     plan = PackPlan(mix, PROCESSORS["tiny"], a.tokenizer, *budget, seed)
     start = time.perf_counter()
     ours = plan.efficiency(a.packs)

@@ -138,7 +138,7 @@ class PackPlan:
     def fingerprint(self) -> str:
         """Covers sources, weights, unit, seeds, budgets, processor, tokenizer: all that decides pack(i)."""
         text = json.dumps([
-            "plan-2", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.alike, self.token_budget,
+            "plan-3", self.mix.fingerprint, self.seed, self.kind, self.max_text, self.alike, self.token_budget,
             self.visual_budget, self.draws_per_window, self.processor.hash, self.tokenizer.hash,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:16]

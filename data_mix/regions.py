@@ -104,6 +104,8 @@ def regions_of(text: str) -> list[Region]:
         corners: list[Box] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in _BOX.findall(part["boxes"])]
         if not corners or any(x1 >= x2 or y1 >= y2 or max(x2, y2) > 1000 for x1, y1, x2, y2 in corners):
             raise BadSample("a named region is no box in 0 to 1000")
+        if not part["phrase"].strip():
+            raise BadSample("a named region has an empty name")
         found += [Region(part["phrase"].strip(), box, span) for box in corners]
     if not found:
         raise BadSample("the caption names no region")
@@ -126,12 +128,14 @@ def in_patches(box: Box, rows: int, columns: int) -> Box:
 
 
 def said(phrase: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a name as it stands in a sentence, after a blank; of a single letter as it stands in a word."""
-    return tokenizer.encode(phrase if len(phrase) == 1 else f" {phrase}")
+    """The tokens of a name as it stands in a sentence, after a blank that is part of its first token or left out; of
+    a single letter as it stands in a word."""
+    if len(phrase) == 1:
+        return tokenizer.encode(phrase)
+    ids = tokenizer.encode(f" {phrase}")
+    return ids[ids[0] == tokenizer.encode(" ")[0] :]
 
 
 def phrase_ids(phrase: str, tokenizer: Tokenizer, max_text: int) -> list[int]:
-    """The tokens of a phrase as said, cut to `max_text` with the end mark. Raises BadSample for an empty one."""
-    if not phrase:
-        raise BadSample("a named region has an empty name")
+    """The tokens of a phrase as said, cut to `max_text` with the end mark."""
     return [*said(phrase, tokenizer)[: max_text - 1], tokenizer.id("<|im_end|>")]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mm.keye import Keye, merge_order
 from vision.text_tower import region_patches, word_losses
@@ -52,7 +53,7 @@ class Told(Keye):
         return said.sum(1)[merge_order(grid_thw, self.config.merge_size)].unflatten(0, (-1, merge)).mean(1)
 
 
-SURE = 6.0  # the logit of a word where a visual token is that word and nothing else
+SURE = 6.0  # the logit of a word where a visual token is that word and nothing else; of the end of a name, half of it
 
 
 class Aligned(Keye):
@@ -67,38 +68,39 @@ class Aligned(Keye):
 
         words: how well each word of a name can be told from its rivals, by the product of the visual token with the
         word's embedding, as `ContrastiveModel.region_losses` asks it of patches: what no picture shows together is
-        not learnt to exclude each other. distance: the square of that from what is told of the same place, in words
-        (the mean square of an embedding).
+        not learnt to exclude each other. No picture tells the end of a name: it stands where no other word is as loud
+        as half a word. distance: the square of that from what is told of the same place, in words (the mean square
+        of an embedding).
         """
         table, merge = self.model.embed_tokens.weight.detach().float(), self.config.merge_size
         features = self.visual_features(pixel_values, grid_thw).float()
-        word, (kept, starts) = table.square().sum(1).mean(), without_ends(input_ids, cu_seqlens)
+        word, ends = table.square().sum(1).mean(), input_ids[cu_seqlens[1:].long() - 1]
         rows, of = region_patches(regions, grid_thw)
         place = merge_order(grid_thw, merge).argsort() // merge**2  # the visual token of each patch
-        logits = features @ table[words].T * (SURE / word)
-        told = word_losses(logits[place[rows]], of, input_ids[kept], starts, words, rivals[kept])
-        apart = features - named_features(table, grid_thw, regions, input_ids[kept], starts, merge)
+        logits = ((features @ table[words].T).float() * (SURE / word)).masked_fill(torch.isin(words, ends), SURE / 2)
+        asked = rivals.sum(1) > 1
+        told = word_losses(
+            logits[place[rows]], of, input_ids[asked], starts_of(asked, cu_seqlens), words, rivals[asked]
+        )
+        apart = features - named_features(table, grid_thw, rows, of, input_ids, cu_seqlens, merge)
         n = len(features)
         return {"words": (told.sum() / merge**2, n), "distance": (apart.square().sum() / word, n)}
 
 
 def named_features(
-    table: torch.Tensor, grid_thw: torch.Tensor, regions: torch.Tensor, input_ids: torch.Tensor,
+    table: torch.Tensor, grid_thw: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, input_ids: torch.Tensor,
     cu_seqlens: torch.Tensor, merge: int,
 ) -> torch.Tensor:  # fmt: skip
-    """What `Told` gives for these pictures, told by the names (without end marks) of their regions: [n, D] from
-    embeddings [V, D]."""
-    lengths = cu_seqlens.diff().long()
+    """What `Told` gives for these pictures, told by the names of their regions (without their end marks, and however
+    many lie in one patch): [n, D] from embeddings [V, D]. rows, of: as `region_patches` gives them."""
+    kept = torch.ones_like(input_ids, dtype=torch.bool).index_fill(0, cu_seqlens[1:].long() - 1, False)
+    lengths = starts_of(kept, cu_seqlens).diff()
     of_token = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths)
-    names = table.new_zeros(len(lengths), table.shape[1]).index_add(0, of_token, table[input_ids])
-    rows, of = region_patches(regions, grid_thw)
+    names = table.new_zeros(len(lengths), table.shape[1]).index_add(0, of_token, table[input_ids[kept]])
     patches = table.new_zeros(int(grid_thw.prod(1).sum()), table.shape[1]).index_add(0, rows, names[of])
     return patches[merge_order(grid_thw, merge)].unflatten(0, (-1, merge**2)).mean(1)
 
 
-def without_ends(input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bool [L], int64 [R + 1]): which tokens of names are no end marks, which no picture tells, and where each name
-    starts among those."""
-    starts = cu_seqlens.long()
-    kept = torch.ones_like(input_ids, dtype=torch.bool).index_fill(0, starts[1:] - 1, False)
-    return kept, starts - torch.arange(len(starts), device=starts.device)
+def starts_of(kept: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """int64 [R + 1]: where each text starts once only the tokens `kept`, bool [L], are left."""
+    return F.pad(kept.cumsum(0), (1, 0))[cu_seqlens.long()]

@@ -230,8 +230,8 @@ class _World:
         for job, made in zip(jobs, self.crew.run(jobs), strict=True):
             family = job[2]
             self.sources[family].write(made["key"], made["sample"], made["media"])
-            named = stills.regions_sample(made["truths"][0], rng(self.seed, "regions", made["key"]))
-            if named and family != "interleaved":
+            random = rng(self.seed, "regions", made["key"])
+            if family != "interleaved" and (named := stills.regions_sample(made["truths"][0], random)):
                 self.sources["regions"].write(made["key"], named, made["media"])
             if family in ("counting", "ocr", "grounding"):
                 have = sum(r["split"] == "train" for r in self.rows[family])

@@ -4,7 +4,8 @@
     torchrun ... -m stages.cli run keye.s1_align --size 8b --qwen3 FOLDER --data caption=FOLDER ...
 
 Published: the 2x2-merge MLP starts from random weights, tower and Qwen3-8B are frozen, large-scale cross-modal
-data, 8,192 tokens, data parallel with ZeRO-2. Not published, so ours: learning rate, batch, length.
+data, 8,192 tokens, data parallel with ZeRO-2. Not published, so ours: learning rate, batch, length, and that
+the second matrix starts small, so that pictures begin no louder than words.
 
 Against the publication, at tiny no caption is learnt. There the decoder can read pictures told in words
 (`keye.told`), so what the projector ought to give is known at every place of a picture whose regions are named: what

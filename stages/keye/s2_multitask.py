@@ -16,10 +16,15 @@ from data_mix.mix import SourceSpec
 from mm.sizes import SIZES
 from stages.stage import Budget, Optim, Stage
 
-MIX = {
+_MIX = {
+    "vit_pairs": 0.02, "caption": 0.09, "ocr": 0.06, "grounding": 0.06, "counting": 0.09, "vqa": 0.04,
+    "interleaved": 0.03, "video_caption": 0.22, "video_qa": 0.13, "reorder": 0.005, "shop": 0.165, "text_chat": 0.09,
+}  # fmt: skip
+_TINY = {
     "vit_pairs": 0.02, "caption": 0.06, "ocr": 0.06, "grounding": 0.015, "counting": 0.1, "vqa": 0.06,
     "interleaved": 0.03, "video_caption": 0.2, "video_qa": 0.16, "reorder": 0.005, "shop": 0.23, "text_chat": 0.06,
 }  # fmt: skip
+MIX = {"tiny": _TINY, "small": _MIX, "8b": _MIX}
 BUDGETS = {
     "tiny": Budget(tokens=1536, visual_tokens=1152, packs_per_step=2, steps=300),
     "small": Budget(tokens=8192, visual_tokens=6144, packs_per_step=64, steps=20_000),
@@ -38,7 +43,7 @@ def stage(size: str) -> Stage:
         name="keye.s2_multitask", size=size, doc=__doc__, model=SIZES[size],
         start=["s1_align"],
         train={"*": 1.0, "visual.*": 0.0, "mlp_AR.*": 0.1} if size == "tiny" else {"*": 1.0, "visual.*": 0.1},
-        mix=[SourceSpec(name, weight) for name, weight in MIX.items()],
+        mix=[SourceSpec(name, weight) for name, weight in MIX[size].items()],
         optim=OPTIM[size], budget=BUDGETS[size], precision="auto",
         sharding="replicate" if size == "tiny" else "full",
     )  # fmt: skip

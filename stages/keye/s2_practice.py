@@ -6,7 +6,8 @@ Not published; at small and 8b, and in runs shorter than --scale 2, stage 3 foll
 must be there first. A tiny model has few tokens a step, and what it takes to compare (is it the same product? the
 same topic? which comes first? which way does it slide?) drowned in every mix of everything that was tried. So these
 are asked with little else around, in the words of the tasks they prepare for, of training's pictures; rude comments
-and likes come along, lest they be forgotten. The rest is to come back in stage 3. All else is as in stage 2.
+and likes come along, lest they be forgotten. The rest is to come back in stage 3. All else is as in stage 2
+(as that is now: the shares here were tried with a stage 2 of twice the rate).
 """
 
 from dataclasses import replace

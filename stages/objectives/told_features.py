@@ -15,8 +15,7 @@ from stages.stage import Budget
 class ToldFeatures(Words):
     """Means over the visual tokens of the whole step of `mm.told.Aligned.region_losses`; the loss is words +
     `distance` * distance. A decoder that has learnt to read told pictures (`keye.told`) then reads real ones, as far
-    as the tower knows the words. Words teach what pairs that no picture shows do not unlearn, distance how loud each
-    word is to be (`benchmarks/projector.py` sets them against each other)."""
+    as the tower knows the words (`benchmarks/projector.py` sets this against distance alone, and captions)."""
 
     def __init__(self, words: float = 1.0, distance: float = 0.02):
         self.loss_weights = checked("told_features", words=words, distance=distance)
@@ -31,4 +30,5 @@ class ToldFeatures(Words):
         return whole_pictures(model.config.vision, torch.tensor([[1, 2, 2]]), 1)
 
     def shaped(self, model: Any, budget: Budget, pieces: int = 1) -> RegionBatch:
-        return whole_pictures(model.config.vision, grids(max(budget.visual_tokens, pieces), pieces), 1)
+        grid = grids(max(budget.visual_tokens, pieces), pieces)
+        return whole_pictures(model.config.vision, grid, model.config.decoder.vocab_size)

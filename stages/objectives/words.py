@@ -78,6 +78,8 @@ def checked(objective: str, **weights: float) -> dict[str, float]:
     for term, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise UserError(f"objective {objective}: {term}={weight} must be a weight of 0 or more")
+    if not any(weights.values()):
+        raise UserError(f"objective {objective}: one of {', '.join(weights)} must weigh more than 0")
     return weights
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_mix.loader import Loader
 from data_mix.mix import Mix, SourceSpec
 from data_mix.pack import PackPlan
-from data_mix.regions import Names, Region, in_patches, named_regions, phrase_ids, said
+from data_mix.regions import Names, Region, in_patches, named_regions, regions_of, said
 from data_mix.shards import ShardWriter
 from data_mix.world.render import FONT, _plate, _size, letters
 from data_mix.world.stills import regions_sample, still_sample, thousand
@@ -19,6 +19,7 @@ from data_mix.world.truth import make_brief, still_scene
 from data_mix.world.words import COLOUR_SHAPE, COLOURS, MATERIALS, SHAPES
 from mm.common.errors import BadSample
 from mm.processor import Processor
+from mm.tokenizer import Tokenizer
 from tests.data_mix.made import clip, image_facts, picture
 from vision.media import VideoInfo
 
@@ -161,16 +162,19 @@ def test_regions_of_a_clip_lie_in_the_frames_of_their_time(tmp_path, processor, 
     names = [tokenizer.decode(t.tolist()[:-1]) for t in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
     assert frames == whole > 2
     assert mine == [[0, f, 0, 0, h, w] for f in (0, 1)] + [[0, f, 0, 0, 1, 1] for f in range(2, whole)]
-    assert names[:whole] == [" ball", " ball"] + [" cube"] * (whole - 2)
+    assert [n.strip() for n in names[:whole]] == ["ball", "ball"] + ["cube"] * (whole - 2)
 
 
 
 
-def test_names_are_said_as_in_a_sentence_and_letters_as_in_a_word(tokenizer):
+def test_names_are_said_as_in_a_sentence_and_letters_as_in_a_word():
+    tokenizer = Tokenizer.train(["a large cube and a large ball"] * 9, 320)
     assert said("large cube", tokenizer) == tokenizer.encode("a large cube")[1:]
-    assert said("Q", tokenizer) == tokenizer.encode("Q")
+    blank = tokenizer.encode(" ")[0]
+    for whole in ("Q", "SALE", "红色方块"):  # before capitals and Chinese a blank is a token of its own
+        assert said(whole, tokenizer) == tokenizer.encode(whole) and blank not in said(whole, tokenizer)
     with pytest.raises(BadSample, match="empty name"):
-        phrase_ids("", tokenizer, 8)
+        regions_of(ref(" ", [0, 0, 9, 9]))
 
 
 def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer):
@@ -183,7 +187,7 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
         for _ in range(6):
             for batch in next(loader):
                 names = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-                texts = [tokenizer.decode(t.tolist()[:-1]) for t in names]
+                texts = [tokenizer.decode(t.tolist()[:-1]).strip() for t in names]
                 assert {t.tolist()[-1] for t in names} == {tokenizer.id("<|im_end|>")}
                 rows = batch.grid_thw.prod(1).tolist()
                 pixels = batch.pixel_values.split(rows)
@@ -192,9 +196,9 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
                     _, h, w = batch.grid_thw[row].tolist()
                     assert (row, frame) == (k // 2, 0) and pixels[row].shape == (h * w, 3 * p * p)
                     if k % 2:
-                        assert texts[k] == " large cube" and (bottom, right) == (h, w)
+                        assert texts[k] == "large cube" and (bottom, right) == (h, w)
                     else:
-                        assert texts[k].startswith(" ball ") and (top, left) == (0, 0)
+                        assert texts[k].startswith("ball ") and (top, left) == (0, 0)
                         assert (bottom, right) == (-(-h // 2), -(-w // 2))
                         seen.add(texts[k])
                 assert not any("broken" in d for d in batch.draws)
@@ -204,7 +208,7 @@ def test_regions_arrive_with_the_patches_they_name(source, processor, tokenizer)
                 ids = {i for name in names for i in said(name, tokenizer)} | {tokenizer.id("<|im_end|>")}
                 assert itself.all() and set(batch.words.tolist()) == ids
         assert set(loader.stats.bad) == {"not an image"}
-    assert seen == {f" ball {i}" for i in range(9)}
+    assert seen == {f"ball {i}" for i in range(9)}
 
 
 def spelt(regions, truth):

@@ -208,7 +208,8 @@ def test_fresh_weights_depend_on_seed_and_names_alone(keye_config):
 
 
 def test_fresh_weights_have_the_published_scale():
-    """The tower as SigLIP but for its places, the decoder N(0, 0.02), smaller where it writes to the stream."""
+    """The tower as SigLIP but for its places, the decoder N(0, 0.02), smaller where it writes to the stream; pictures
+    begin no louder than words."""
     model = Keye(SIZES["tiny"])
     model.init_weights(0)
     std = {n: p.std().item() for n, p in model.named_parameters() if p.numel() > 1}
@@ -222,6 +223,7 @@ def test_fresh_weights_have_the_published_scale():
     assert std[f"{tower}encoder.layers.0.self_attn.q_proj.weight"] == pytest.approx(128**-0.5, rel=0.05)
     assert 0 < std[f"{tower}encoder.layers.0.mlp.fc1.bias"] < 1e-5
     assert std["mlp_AR.linear_1.weight"] == pytest.approx(512**-0.5, rel=0.05)
+    assert std["mlp_AR.linear_2.weight"] == pytest.approx(512**-0.5 * wide, rel=0.05)
 
 
 def test_bound_takes_the_tokenizers_ids(keye_config):
