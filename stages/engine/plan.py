@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import nn
 
+from mm.batch import RegionBatch
 from mm.common.errors import UserError
 from mm.common.progress import duration
 from mm.parallelize import blocks
@@ -161,12 +162,15 @@ def layer_elements(c: Any) -> tuple[int, int]:
 
 def activations(model: Any, pack: Any, width: int, *, other: bool = False) -> dict[str, float]:
     """Estimates for one pack: what the blocks of each tower and of the decoder keep for the backward (nothing,
-    where no gradient passes), and the chunk of logits."""
-    found, passes = {}, False
+    where no gradient passes: a frozen decoder passes on the projector's and the tower's), and the chunk of logits.
+    Named regions never come to a decoder."""
+    found = {}
     for module in _configured(model):
         config = module.config
         part, rows = _part(pack, config)
-        passes = (passes and part == "decoder") or any(p.requires_grad for p in module.parameters())
+        if part == "decoder" and isinstance(pack, RegionBatch):
+            continue
+        passes = any(p.requires_grad for p in (model if part == "decoder" else module).parameters())
         every, only = layer_elements(config)
         layers, recomputed = config.num_hidden_layers, config.activation_checkpointing != other
         kept = only * layers + every if recomputed else every * layers

@@ -141,6 +141,15 @@ def test_activation_estimate_is_near_what_autograd_keeps(recompute):
     assert hidden.shape == (180, 64)
 
 
+def test_a_frozen_decoder_keeps_what_the_projectors_gradient_needs():
+    model = toy.aligned()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("mlp_AR."))
+    got = activations(model, big_pack(), 4)
+    assert got["activations, tower"] == 0 < got["activations, decoder"]
+    assert activations(model, toy.regions(0, 4), 4) == {"activations, tower": 0}
+
+
 def test_the_published_size_prints_its_published_counts():
     stage = toy.stage(model=SIZES["8b"], budget=Budget(tokens=8192, visual_tokens=6144, packs_per_step=512))
     with torch.device("meta"):
