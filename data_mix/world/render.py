@@ -84,7 +84,8 @@ def _size(words: str, width: int, short: int) -> int:
 
 
 def letters(words: str, box: Sequence[int], short: int) -> list[tuple[str, list[int]]]:
-    """Each letter of a sign with this plate and its box (x1, y1, x2, y2) in px, as `_plate` writes it."""
+    """Each letter of a sign with this plate, blanks left out, and its box (x1, y1, x2, y2) in px, as `_plate` writes
+    it."""
     font = _font(_size(words, box[2] - box[0], short))
     left, middle = (box[0] + box[2] - font.getlength(words)) / 2, (box[1] + box[3]) / 2
     ends = [font.getlength(words[: i + 1]) for i in range(len(words))]
@@ -93,7 +94,7 @@ def letters(words: str, box: Sequence[int], short: int) -> list[tuple[str, list[
     _, top, _, bottom = font.getbbox(words, anchor="lm")
     return [
         (letter, [round(at[i]), round(middle + top), round(at[i + 1]), round(middle + bottom)])
-        for i, letter in enumerate(words)
+        for i, letter in enumerate(words) if letter.strip()
     ]
 
 

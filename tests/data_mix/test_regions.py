@@ -278,13 +278,13 @@ def test_the_world_says_what_a_thing_does_and_where_it_passes():
 
 
 @pytest.mark.parametrize("size", [(140, 112), (192, 256)])
-@pytest.mark.parametrize("words", ["COFFEE", "$11", "秒杀", "PARK", "PLAY"])
+@pytest.mark.parametrize("words", ["COFFEE", "$11", "秒杀", "PARK", "EP 3"])
 def test_a_letters_box_holds_its_ink_and_no_others(words, size):
     """The plate is what its letters look like, each drawn alone from the left of its box."""
     scene = still_scene(np.random.default_rng(5), [(COLOUR_SHAPE[0], {})], signs=[words], size=size)
     (sign,) = scene.signs
     boxes = letters(words, sign.box, scene.short)
-    assert [letter for letter, _ in boxes] == list(words)
+    assert "".join(letter for letter, _ in boxes) == words.replace(" ", "")
     x0, y0 = sign.box[:2]
     image = np.asarray(_plate(sign, scene.short), int)
     ink = np.abs(image - image[2, 2]).sum(-1) / np.abs(image - image[2, 2]).sum(-1).max()
