@@ -107,7 +107,7 @@ def gradients(folder: str, settings: str) -> None:
     config = recomputing() if given.get("recompute") else toy.KEYE
     whole = {"keye": lambda: toy.keye(config=config), "told_features": toy.aligned}.get(kind, toy.contrastive)()
     model = parallelize(whole, device=cpu)
-    make = {"keye": toy.pack, "contrastive": lambda m: toy.pairs(*m)}.get(kind, lambda m: toy.regions(*m))
+    make = {"keye": toy.pack, "contrastive": lambda m: toy.pairs(*m)}.get(kind, lambda m: toy.regions(*m, end=59))
     batches = [make(m) for m in given["splits"][dist.rank()]]
     everything = dict.fromkeys(dict(model.named_parameters()), "*")
     turn = Turn("main", model, everything, objectives.make(stage.objective), stage)

@@ -88,8 +88,8 @@ def pairs(first: int, n: int) -> PairBatch:
     )  # fmt: skip
 
 
-def regions(first: int, n: int) -> RegionBatch:
-    """Pictures number first .. first + n, with one to three named regions each."""
+def regions(first: int, n: int, end: int | None = None) -> RegionBatch:
+    """Pictures number first .. first + n, with one to three named regions each; `end`: last token of all names."""
     made, found, names, rivals = pairs(first, n), [], [], []
     for row, (_, h, w) in enumerate(made.grid_thw.tolist()):
         g = torch.Generator().manual_seed(9000 + first + row)
@@ -97,6 +97,8 @@ def regions(first: int, n: int) -> RegionBatch:
             top, left = int(torch.randint(0, h, (1,), generator=g)), int(torch.randint(0, w, (1,), generator=g))
             found.append([row, 0, top, left, h, w])
             names.append(torch.randint(0, 59, (1 + int(torch.randint(0, 4, (1,), generator=g)),), generator=g))
+            if end is not None:
+                names[-1][-1] = end
             told = torch.rand(len(names[-1]), 60, generator=g) < 0.5
             rivals.append(told.scatter(1, names[-1][:, None], True))
     return RegionBatch(
