@@ -6,8 +6,8 @@
 Published (report 1, section 3): SigLIP-so400m-384-14 goes on at native resolution with interpolated positions
 and 2-D RoPE, the text tower also from SigLIP, about 500 B tokens. Not published, so ours: learning rates,
 batch, temperature start. At tiny the tower comes from `keye.words`, the text tower starts from nothing; the
-tower moves at a twentieth of the rate, as whole captions teach it that what is red is never a cube, and single words
-do not.
+tower moves at a twentieth of the rate, as in a single trial whole captions taught it that what is red is never a
+cube, which single words do not.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,8 @@ Against the publication, at tiny no caption is learnt. There the decoder can rea
 (`keye.told`), so what the projector ought to give is known at every place of a picture whose regions are named: what
 the same picture, told, gives (`mm/told.py: Aligned`). Learning that takes a minute, and hands on at once what the
 decoder does with told pictures. It learns to tell words from their rivals more than to be near what is told: by
-distance alone it took that no picture shows a red cube for a sign that nothing red is one.
+distance alone, in single trials, it took that no picture shows a red cube for a sign that nothing red is one
+(`benchmarks/projector.py` sets the two, and captions, against each other).
 """
 
 from data_mix.mix import SourceSpec
