@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-VERSION = "12"
+VERSION = "13"
 LANGUAGES = ("en", "zh")
 
 SHAPES = ("ball", "cube", "cone", "star", "ring", "cross")

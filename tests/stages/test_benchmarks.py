@@ -107,25 +107,24 @@ def test_projectors_are_taught_and_asked_alike(micro_world, tmp_path, monkeypatc
     assert all(0 <= v <= 1 for r in got["runs"] for v in r["values"].values())
 
 
-OFTEN = ("keye.words", "keye.words, no places", "keye.words, untrained")
+OFTEN = ("keye.words", "keye.words, no places")
 
 
 def test_towers_are_taught_and_asked_alike(micro_world, tmp_path, small_vocabulary):
     got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3",
                   "--arms", *OFTEN)  # fmt: skip
-    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 3 and {r["n"] for r in got["runs"]} != {0}
+    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 2 and {r["n"] for r in got["runs"]} != {0}
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
-    assert sum(r["best"] for r in got["runs"]) == 6 and {r["arm"] for r in got["runs"]} == set(OFTEN)
+    assert sum(r["best"] for r in got["runs"]) == 4 and {r["arm"] for r in got["runs"]} == set(OFTEN)
     place = {(r["arm"], r["lr"], r["seed"]): r["place"] for r in got["runs"]}
     assert place["keye.words", 1e-3, 0] != place["keye.words, no places", 1e-3, 0]
-    assert place["keye.words, untrained", 1e-3, 0] == place["keye.words, untrained", 2e-3, 0]
 
 
 def test_every_way_to_teach_a_tower_runs(micro_world, tmp_path, small_vocabulary):
     rest = [arm for arm in tower.ARMS if arm not in OFTEN]
     got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 1, "--lrs", "1e-3",
                   "--arms", *rest)  # fmt: skip
-    assert [r["arm"] for r in got["runs"]] == rest and len(rest) == 4
+    assert [r["arm"] for r in got["runs"]] == rest and len(rest) == 5
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
 
 
