@@ -21,8 +21,9 @@ from data_mix.regions import in_patches, named_regions, phrase_ids, regions_of, 
 from data_mix.sample import media_parts, suffix_of
 from mm.batch import Batch, PairBatch, RegionBatch
 from mm.common.errors import BadSample
-from mm.processor import VideoPlan
+from mm.processor import Processor, VideoPlan
 from mm.prompt import Example, join, prepare
+from mm.tokenizer import Tokenizer
 from mm.told import spell
 
 GREY = 128
@@ -79,16 +80,10 @@ class Assembler:
         return make[self.plan.kind](pack)
 
     def _told(self, part: dict[str, Any], sample: dict[str, Any], shape: tuple[int, int, int]) -> np.ndarray:
-        """Frames that spell what the sample tells of a picture or clip, all of them, in their order of time: which
-        are shown is `prepare`'s to say. Raises BadSample."""
-        patch, suffix = self.processor.patch_size, suffix_of(part)
+        """All frames of a picture or clip in their order of time: which are shown is `prepare`'s to say."""
+        suffix = suffix_of(part)
         plan = video_plan(sample["media"][suffix], self.processor) if part["type"] == "video" else None
-        height, width = shape[1] // patch, shape[2] // patch
-        places = [
-            ((frame, *in_patches(region.box, height, width)), said(region.phrase, self.tokenizer))
-            for region in regions_of(sample["told"][suffix]) for frame in region.frames(plan)
-        ]
-        return spell(shape, places, patch)
+        return told_frames(sample["told"][suffix], shape, plan, self.processor, self.tokenizer)
 
     def _packs(self, pack: list[Pending]) -> Made:
         examples, samples = [], []
@@ -159,6 +154,19 @@ class Assembler:
     def _in_order(p: Pending, frames: np.ndarray) -> np.ndarray:
         order = first_media(p.sample).get("frames")
         return frames if order is None else frames[order]
+
+
+def told_frames(
+    told: str, shape: tuple[int, int, int], plan: VideoPlan | None, processor: Processor, tokenizer: Tokenizer
+) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] of this shape [T, H, W] that spell what is told of a picture or clip (`mm.told`), in
+    boxes with names. Raises BadSample."""
+    height, width = shape[1] // processor.patch_size, shape[2] // processor.patch_size
+    places = [
+        ((frame, *in_patches(region.box, height, width)), said(region.phrase, tokenizer))
+        for region in regions_of(told) for frame in region.frames(plan)
+    ]
+    return spell(shape, places, processor.patch_size)
 
 
 def _joined(texts: list[list[int]]) -> dict[str, torch.Tensor]:

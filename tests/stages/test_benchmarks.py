@@ -13,12 +13,14 @@ from mm.common.errors import UserError
 from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
+from mm.told import Told, spelt
 from stages.keye import s0_vit
 from vision.text_tower import ContrastiveModel, TextTower
 from vision.vit import VisionTower
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import blame
 import data_wait
 import decode
 import gpu_step
@@ -84,27 +86,53 @@ def test_optimizers_are_compared(stage, micro_world, tmp_path, small_vocabulary)
     assert got["adamw_lr"] == 1e-3 and len(got["muon"]["1.0"]) == 1 and 0 < got["adamw"][0] < 100
 
 
-def test_projectors_are_taught_and_asked_alike(micro_world, tmp_path, monkeypatch):
-    """On a run whose decoder and tower know nothing; of all that they are asked, one thing."""
-    monkeypatch.setattr(projector, "TASKS", ("ocr",))
-    made = tmp_path / "run"
+@pytest.fixture(scope="module")
+def untaught(micro_world, tmp_path_factory):
+    """A run whose decoder and tower know nothing, and that has made no world yet."""
+    made = tmp_path_factory.mktemp("untaught") / "run"
     texts = [line for p in sorted((micro_world / "text").glob("*.jsonl")) for line in p.read_text().splitlines()]
     tokenizer = Tokenizer.train(texts, 512)
     towers = s0_vit.stage("tiny").model
-    models = {"told": Keye(SIZES["tiny"].bound(tokenizer)),
-              "s0_vit": ContrastiveModel(VisionTower(towers.vision), TextTower(towers.text))}  # fmt: skip
+    keye = Keye(SIZES["tiny"].bound(tokenizer))
+    models = {"told": keye, "s0_vit": ContrastiveModel(VisionTower(towers.vision), TextTower(towers.text))}
     for name, model in models.items():
         model.init_weights(0)
         formats.save(made / name / "model", model, PROCESSORS["tiny"], tokenizer)
-    with pytest.raises(UserError, match="has not made 'world'"):
-        projector.main(["--run", str(made)])
+    for main in (projector.main, blame.main):
+        with pytest.raises(UserError, match="has not made 'world'"):
+            main(["--run", str(made)])
     (made / "world").mkdir()
     (made / "world" / "world").symlink_to(micro_world)
+    return made
+
+
+def test_projectors_are_taught_and_asked_alike(untaught, tmp_path, monkeypatch):
+    """Of all that they are asked, one thing."""
+    monkeypatch.setattr(projector, "TASKS", ("ocr",))
     arms = projector.ARMS[1:]  # the first is s1_align as it is
-    got = figures(projector, tmp_path, "--run", made, "--steps", 1, "--seeds", 1, "--limit", 1, "--arms", *arms)
+    got = figures(projector, tmp_path, "--run", untaught, "--steps", 1, "--seeds", 1, "--limit", 1, "--arms", *arms)
     assert [r["arm"] for r in got["runs"]] == list(arms)
     assert all(r["n"] == {"ocr/seen": 1, "ocr/unseen": 1} for r in got["runs"])
     assert all(0 <= v <= 1 for r in got["runs"] for v in r["values"].values())
+
+
+def test_who_is_to_blame_is_asked_of_clips_told_whole(untaught, tmp_path, monkeypatch):
+    monkeypatch.setattr(blame, "TASKS", ("caption_shape", "order"))
+    got = figures(blame, tmp_path, "--run", untaught, "--limit", 1)
+    assert [(r["model"], r["clips"]) for r in got["runs"]] == [("told", "told")]
+    assert all({v["n"] for v in r["values"].values()} == {1} for r in got["runs"])
+    with pytest.raises(UserError, match="no model of s2_multitask"):
+        blame.main(["--run", str(untaught), "--models", "s2_multitask"])
+    listener, root = blame.Listener(untaught / "told" / "model"), untaught / "world" / "world"
+    path = sorted((root / "clips" / "test").glob("*.mp4"))[0]
+    frames, plan = listener.media.load(root, {"type": "video", "video": str(path.relative_to(root))})
+    truth = json.loads(path.with_suffix(".json").read_text())
+    spelt_at = spelt(torch.from_numpy(listener.processor.patchify(frames)), listener.processor.patch_size)
+    assert len(frames) == len(plan.times) and listener.model.visual_features.__func__ is Told.visual_features
+    said = {i for i in spelt_at.unique().tolist() if i >= 0}
+    for thing in truth["things"]:
+        for word in (thing["colour"], thing["material"], thing["shape"]):
+            assert set(listener.tokenizer.encode(f" {word}")) - set(listener.tokenizer.encode(" ")) <= said
 
 
 OFTEN = ("keye.words", "keye.words, no places")
