@@ -23,12 +23,11 @@ import harness
 import torch
 
 from mm.common.precision import settle
-from mm.sizes import PROCESSORS
 from mm.tokenizer import Tokenizer
 from stages import objectives
 from stages.engine.train import train
 from stages.keye.recipe import STAGES
-from stages.keye.run import Means, build, load_data
+from stages.keye.run import Means, build, load_data, processor_of
 from stages.stage import Checkpoints, Log, Stage
 
 Name = Literal["adamw", "muon"]
@@ -61,7 +60,7 @@ def variant(a: argparse.Namespace, name: Name, lr: float | None, steps: int, see
 
 def eval_batches(a: argparse.Namespace, tokenizer: Tokenizer, means: Means) -> list[Any]:
     stage = replace(STAGES[a.stage]("tiny"), seed=EVAL_SEED)
-    with load_data(stage, tokenizer, PROCESSORS["tiny"], means) as loader:
+    with load_data(stage, tokenizer, processor_of(stage), means) as loader:
         return [batch for _ in range(a.eval_packs) for batch in next(loader)]
 
 
@@ -91,7 +90,7 @@ def loss_of(stage: Stage, tokenizer: Tokenizer, means: Means, batches: list[Any]
         found.append(evaluate(stage, model, batches))
 
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, load_data(stage, tokenizer, PROCESSORS["tiny"], means) as loader:
+    with tempfile.TemporaryDirectory() as folder, load_data(stage, tokenizer, processor_of(stage), means) as loader:
         train(stage, folder, model=build(stage, tokenizer, means), loader=loader, hand_on=hand_on, quiet=True)
     o = stage.optim
     print(f"{stage.name} {o.name} lr {o.lr:g} {stage.budget.steps} steps seed {stage.seed}: loss {found[0]:.4f}, "

@@ -22,10 +22,9 @@ import harness
 from eval.evaluate import evaluate_world
 from mm import formats
 from mm.common.errors import UserError
-from mm.sizes import PROCESSORS
 from stages.engine.train import train
 from stages.keye import s1_align
-from stages.keye.run import Means, build, load_data, tokenizer_of
+from stages.keye.run import Means, build, load_data, processor_of, tokenizer_of
 from stages.stage import Checkpoints, Log, ObjectiveSpec, Stage
 
 ARMS = ("what is told", "what is told, by distance alone", "captions")
@@ -65,7 +64,7 @@ def stage_of(arm: str, steps: int, seed: int) -> Stage:
 def run(a: argparse.Namespace, arm: str, seed: int, means: Means) -> dict[str, Any]:
     """Train one arm and let it answer: {"task/split": value, ...}; seconds are those of the training."""
     stage, start = stage_of(arm, a.steps, seed), time.monotonic()
-    tokenizer, processor = tokenizer_of(stage, means), PROCESSORS["tiny"]
+    tokenizer, processor = tokenizer_of(stage, means), processor_of(stage)
     with tempfile.TemporaryDirectory() as name, load_data(stage, tokenizer, processor, means) as loader:
         folder = Path(name)
         made = train(stage, folder / "stage", model=build(stage, tokenizer, means), loader=loader, quiet=True,

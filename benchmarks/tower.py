@@ -44,7 +44,7 @@ from mm.sizes import PROCESSORS
 from mm.tokenizer import Tokenizer
 from stages.engine.train import train
 from stages.keye.recipe import STAGES
-from stages.keye.run import Means, build, load_data
+from stages.keye.run import Means, build, load_data, processor_of
 from stages.stage import Checkpoints, Log, ObjectiveSpec
 from vision.init import stream
 from vision.vit import normalise
@@ -179,7 +179,7 @@ def run(
     stage = replace(stage, checkpoint=Checkpoints(every_steps=0), log=Log(tensorboard=False))
     found: list[dict[str, Any]] = []
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, load_data(stage, tokenizer, PROCESSORS["tiny"], means) as loader:
+    with tempfile.TemporaryDirectory() as folder, load_data(stage, tokenizer, processor_of(stage), means) as loader:
         model = build(stage, tokenizer, means)
         if arm == PLAIN:
             start_plainly(model, seed)

@@ -112,6 +112,7 @@ class Stage:
     train: name pattern (as in fnmatch; `*` crosses dots) -> learning-rate multiplier. The last pattern that
         matches a parameter counts; what none matches, or a 0, is frozen.
     mix: the sources with their weights (`data_mix.mix.SourceSpec`).
+    processor: how large pictures and frames are shown (`mm.processor.Processor`); None: as the size shows them.
     precision: of the multiplications; weights are fp32. "auto": bf16 on devices that have it in hardware.
     sharding: "full" cuts weights and optimizer over the ranks; "replicate" keeps them whole on each.
     expect: metric -> value a run of this size should reach.
@@ -124,6 +125,7 @@ class Stage:
     doc: str = ""
     start: list[str] = field(default_factory=lambda: ["scratch"])
     mix: list[Any] = field(default_factory=list)
+    processor: Any = None
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optim: Optim = field(default_factory=Optim)
     budget: Budget = field(default_factory=Budget)

@@ -154,7 +154,7 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     random = rng(seed, "talk", name)
     samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
     if truth["fps"] != FPS:
-        every = rng(seed, "frames named", name).random() < 0.5
+        every = rng(seed, "frames named", name).random() < 0.25
         samples["tracks"] = named_clip(truth, len(truth["times"]) if every else 3)
         if moves := motion(truth, language(rng(seed, "asked of motion", name))):
             samples["motion"] = moves

@@ -94,6 +94,10 @@ def tokenizer_of(stage: Stage, means: Means) -> Tokenizer:
     raise UserError(f"{stage.name}: none of {', '.join(stage.start)} holds a tokenizer.json; give --qwen3 FOLDER")
 
 
+def processor_of(stage: Stage) -> Processor:
+    return stage.processor or PROCESSORS[stage.size]
+
+
 def empty(stage: Stage) -> Keye | ContrastiveModel:
     """The stage's model on the meta device: every shape, no memory."""
     with torch.device("meta"):
@@ -180,7 +184,7 @@ def run_stage(stage: Stage, folder: Path, means: Means) -> Path:
     `folder`/skipped-rank*.jsonl names each sample that gave no data when it was drawn; skipped.json counts those of
     all attempts, and the samples that could never be drawn, by reason.
     """
-    tokenizer, processor = tokenizer_of(stage, means), PROCESSORS[stage.size]
+    tokenizer, processor = tokenizer_of(stage, means), processor_of(stage)
     model = build(stage, tokenizer, means)
 
     def hand_on(where: Path, whole: Any) -> None:
