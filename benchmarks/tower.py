@@ -4,14 +4,14 @@ Two ways to teach the tiny tower, each with its stage's own data, optimizer and 
 of a region tells the words of its name and where it is; `keye.s0_vit`: the sigmoid loss of whole pictures and
 their captions), started from random weights, with as many visual tokens a step; and the first of them once more with
 one thing changed: no loss of places, or one that weighs as much as that of words, every word a rival of every other
-(`data_mix.regions.Names`), or SigLIP's own random start of attention in place of the mimetic one (`vision/init.py`);
-and untrained. Measured on things in the first frames of the world's test clips. "probe" is the same for all and was
-trained by none: a logistic model on the mean feature of the patches under a thing's box, fitted on three of four
-clips and scored on the fourth; "place" the same with a linear model of the box's centre, and how much of its variance
-that tells. "told" asks the tower's own words which of the six shapes those patches show, of things whose colour and
-shape training never showed together, and of the others; which letter each place of a sign shows, of all that stand on
-the test clips' signs; and at each place of what moves in some hundred clips seen whole, which of six motions it
-makes, and which way it slides.
+(`data_mix.regions.Names`), SigLIP's own random start of attention in place of the mimetic one (`vision/init.py`), or
+frames as large as later stages show them; and untrained. Measured on things in the first frames of the world's test
+clips. "probe" is the same for all and was trained by none: a logistic model on the mean feature of the patches under
+a thing's box, fitted on three of four clips and scored on the fourth; "place" the same with a linear model of the
+box's centre, and how much of its variance that tells. "told" asks the tower's own words which of the six shapes those
+patches show, of things whose colour and shape training never showed together, and of the others; which letter each
+place of a sign shows, of all that stand on the test clips' signs; and at each place of what moves in some hundred
+clips seen whole, which of six motions it makes, and which way it slides.
 
     python benchmarks/tower.py --world WORLD
     python benchmarks/tower.py --world WORLD --steps 500 --lrs 8e-3 --arms keye.words "keye.words, full places"
@@ -51,8 +51,8 @@ from vision.vit import normalise
 
 WORDS, ALL, PLAIN = "keye.words", "keye.words, all words rivals", "keye.words, SigLIP's start"
 PLACES = {"keye.words, no places": 0.0, "keye.words, full places": 1.0}  # arm -> weight of their loss
-UNTRAINED = "keye.words, untrained"
-ARMS = (WORDS, *PLACES, ALL, PLAIN, "keye.s0_vit", UNTRAINED)
+LARGE, UNTRAINED = "keye.words, shown large", "keye.words, untrained"
+ARMS = (WORDS, *PLACES, ALL, PLAIN, LARGE, "keye.s0_vit", UNTRAINED)
 ASKED = ("colour", "shape", "material")
 TOLD = ("told, held-out pairs", "told, other pairs", "told, letters", "told, motion", "told, which way")
 MOVES = ("slides", "rises", "falls", "bounces", "splits", "vanishes")
@@ -171,6 +171,8 @@ def run(
     stage = STAGES[arm.split(",")[0]]("tiny")
     if arm == "keye.s0_vit":  # as it is without a preparatory stage: both towers new, the text tower the slower
         stage = replace(stage, start=["scratch"], train={"*": 1.0, "text_model.*": 0.4})
+    if arm == LARGE:
+        stage = replace(stage, processor=None)
     if arm in PLACES:
         stage = replace(stage, objective=ObjectiveSpec("words", {**stage.objective.options, "places": PLACES[arm]}))
     optim = replace(stage.optim, lr=lr, warmup_steps=min(20, a.steps // 2))

@@ -46,7 +46,7 @@ SIZES: dict[str, KeyeConfig] = {"tiny": TINY, "small": SMALL, "8b": PUBLISHED}
 
 PROCESSORS: dict[str, Processor] = {
     "tiny": Processor(
-        image_max_tokens=30, video_max_frames=8, frame_min_tokens=4, frame_max_tokens=30, video_max_tokens=240
+        image_max_tokens=25, video_max_frames=8, frame_min_tokens=4, frame_max_tokens=30, video_max_tokens=240
     ),
     "small": Processor(
         patch_size=16, image_max_tokens=1280, video_max_frames=64, frame_min_tokens=16, frame_max_tokens=256,

@@ -9,8 +9,8 @@ grounding format. Every patch of a region tells the words of its name from their
 Names`), and the places of its box from all places of its frame; what lies in no region says no word. So a picture
 teaches at a hundred places and not at one (`benchmarks/tower.py` sets it against s0_vit alone), and the tower keeps
 where things are, which no word needs. Places are learnt at once (docs/benchmarks.md, "What teaches a tower"), that
-silence too (the stage's log), so they weigh little, by single trials. Pictures are shown smaller than in later
-stages, so that there are more of them; what a tower has learnt of them it still knows when they are shown larger
+silence too (the stage's log), so they weigh little, by single trials. Frames of clips are shown smaller than in later
+stages, so that there are more of them; the shapes that a tower has learnt of them it still knows when they are larger
 (after FixRes, Touvron et al. 2019, arXiv 1906.06423: train small, test large).
 """
 
@@ -29,7 +29,7 @@ def stage(size: str) -> Stage:
         start=["scratch"],
         train={"vision_model.*": 1.0, "vision_model.head.*": 0.0, "text_model.embeddings.token_embedding.*": 1.0},
         mix=[SourceSpec("regions", 0.68, "samples"), SourceSpec("tracks", 0.32, "samples")],
-        processor=replace(PROCESSORS[size], image_max_tokens=25, frame_max_tokens=25, video_max_tokens=200),
+        processor=replace(PROCESSORS[size], frame_max_tokens=25, video_max_tokens=200),
         objective=ObjectiveSpec("words", {"silence": 0.25, "places": 0.1}),
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,
                     min_lr_ratio=0.05),

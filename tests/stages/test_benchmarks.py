@@ -152,7 +152,7 @@ def test_every_way_to_teach_a_tower_runs(micro_world, tmp_path, small_vocabulary
     rest = [arm for arm in tower.ARMS if arm not in OFTEN]
     got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 1, "--lrs", "1e-3",
                   "--arms", *rest)  # fmt: skip
-    assert [r["arm"] for r in got["runs"]] == rest and len(rest) == 5
+    assert [r["arm"] for r in got["runs"]] == rest and len(rest) == 6
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
 
 

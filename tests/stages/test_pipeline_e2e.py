@@ -9,6 +9,8 @@ import sys
 
 from eval.scores import FLOORS
 from mm.common.files import read_json
+from mm.processor import Processor
+from mm.sizes import PROCESSORS
 from stages.engine.log import lineage
 
 NODES = ("tokenizer", "text", "told", "words", "s0_vit", "s1_align", "s2_multitask", "s3_anneal_image",
@@ -53,6 +55,9 @@ def test_interrupted_called_again_and_up_to_date(micro_world, tmp_path):
     assert "s1_align: up to date" in said and "s2_multitask: going on" in said
     assert f"going on from step {end[1]} of 5" in said
     assert [row["step"] for row in lineage(run / "s2_multitask")] == [1, 2, 3, 4, 5]
+    shown = {name: Processor.load(run / name / "model") for name in ("words", "s0_vit", "s3_merge")}
+    assert shown["words"].frame_max_tokens < shown["s0_vit"].frame_max_tokens  # a stage may name its own processor
+    assert shown["s0_vit"] == shown["s3_merge"] == PROCESSORS["tiny"]
     tasks = read_json(run / "eval/scores.json")["tasks"]
     fields = {"value", "n", "ci95", "ceiling", "split", *FLOORS}
     assert len(tasks) == 26 and all(set(t) == fields for t in tasks.values())
