@@ -81,9 +81,9 @@ def _shop(n: int) -> dict[str, int]:
 
 WORLD_SIZES = {
     "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 9, 9, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
-    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 3000, 3000, 4000, 240, 300, 130, 250,
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 3000, 4000, 4000, 240, 300, 130, 250,
                       100, 160),
-    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 9000, 9000, 12000, 720, 900, 260,
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 9000, 12000, 12000, 720, 900, 260,
                       500, 200, 200, {"reorder": 900, "motion": 900}),
 }  # fmt: skip
 
