@@ -1,14 +1,15 @@
-"""Whose mistakes they are: what a model makes of the world's test clips, drawn and told.
+"""Whose mistakes they are: what a model makes of the world's test clips and covers, drawn and told.
 
-A told clip (`mm/told.py`) is what a tower and a projector without a mistake would give of it: at each place the
-decoder's own embeddings of the words for what lies there. What a model gets wrong of told clips is its decoder's
-mistake; what it gets right of them, and wrong of the same clips drawn, was lost before the decoder. After
-`told_tasks` no stage tells anything any more, so a decoder may forget some of how to listen.
+A told clip or picture (`mm/told.py`) is what a tower and a projector without a mistake would give of it: at each
+place the decoder's own embeddings of the words for what lies there. What a model gets wrong of what is told is its
+decoder's mistake; what it gets right, and wrong of the same drawn, was lost before the decoder. After `told_tasks` no
+stage tells anything any more, so a decoder may forget some of how to listen.
 
     python benchmarks/blame.py --run runs/quickstart
 """
 
 import argparse
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ import harness
 import numpy as np
 
 from data_mix.assemble import told_frames
-from data_mix.world.tasks import named_at
-from eval import world
+from data_mix.world import kc
+from data_mix.world.told import in_boxes
+from eval import kc_mmbench, world
 from eval.answer import Checkpoint, Media
 from eval.runner import Options, run
 from eval.task import choose
@@ -30,7 +32,7 @@ from mm.tokenizer import Tokenizer
 from mm.told import Told
 
 MODELS = ("told_tasks", "s1_align", "s2_multitask", "s3_merge")
-TASKS = ("caption_colour", "caption_shape", "caption_motion", "order")
+TASKS = ("caption_colour", "caption_shape", "caption_motion", "order", *(s.name for s in kc_mmbench.SUBSETS))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,8 +43,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@functools.cache
+def cover_truths(seed: int, task: str, split: str, number: int) -> list[dict]:
+    """What the pictures of a row show: the world keeps no truth of them, so the row is made once more."""
+    return kc.kc_row(seed, task, split, number)["meta"]["truths"]
+
+
+def truth_of(path: Path) -> dict:
+    """The truth of a test clip, or of a picture of the world's KC tasks (kc/images/TASK/SPLIT-NUMBER-PICTURE.jpg)."""
+    if path.suffix == ".mp4":
+        return read_json(path.with_suffix(".json"))
+    split, number, picture = path.stem.split("-")
+    seed = read_json(path.parents[3] / "world.json")["seed"]
+    return cover_truths(seed, path.parent.name, split, int(number))[int(picture)]
+
+
 class TellingMedia(Media):
-    """The frames of a world's clip spell what its truth says of them."""
+    """The frames of what a world's test questions show spell what its truth says of them."""
 
     def __init__(self, processor: Processor, tokenizer: Tokenizer):
         super().__init__(processor)
@@ -50,8 +67,8 @@ class TellingMedia(Media):
 
     def _read(self, kind: str, root: Path, path: Path, name: str) -> tuple[np.ndarray, Any]:
         frames, plan = super()._read(kind, root, path, name)
-        truth = read_json(path.with_suffix(".json"))
-        said = named_at(truth, list(range(len(truth["times"]))))
+        truth = truth_of(path)
+        said = in_boxes(truth, list(range(len(truth["times"]))))
         return told_frames(said, frames.shape[:3], plan, self.processor, self.tokenizer), plan
 
 
@@ -67,7 +84,7 @@ class Listener(Checkpoint):
 
 def answered(kind: type[Checkpoint], folder: Path, a: argparse.Namespace) -> dict[str, Any]:
     """{"task/split": score} of one model, told or shown."""
-    tasks = choose(world.load_tasks(a.run / "world" / "world", kc=False), TASKS, a.limit)
+    tasks = choose(world.load_tasks(a.run / "world" / "world"), TASKS, a.limit)
     with tempfile.TemporaryDirectory() as out:
         scores = run(kind(folder), tasks, out, {}, Options(blind=False, probe=False, quiet=True))
     return scores["tasks"]
@@ -81,21 +98,23 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
     about, found = harness.machine(), [m for m in a.models or MODELS if (a.run / m / "model").is_dir()]
     if missing := [m for m in a.models or () if m not in found] or ([] if found else list(MODELS)):
         raise UserError(f"--run {a.run} has no model of {', '.join(missing)}; make one with: mm run keye --size tiny")
-    rows, runs = [], []
+    runs: list[dict[str, Any]] = []
     for name in found:
         for how, kind in (("told", Listener), ("drawn", Checkpoint)):
             if name == "told_tasks" and how == "drawn":  # its projector has learnt nothing
                 continue
             scores = answered(kind, a.run / name / "model", a)
             values = {key: {k: score[k] for k in ("value", "ci95", "n")} for key, score in scores.items()}
-            cells = [f"{v['value']:.2f} ({v['ci95'][0]:.2f} to {v['ci95'][1]:.2f})" for v in values.values()]
-            rows.append((f"{name}, {how}", *cells))
-            runs.append({"model": name, "clips": how, "values": values})
-            print(*rows[-1], sep=" | ", flush=True)
-    keys = list(runs[0]["values"])
-    asked = ", ".join(f"{k} {v['n']}" for k, v in runs[0]["values"].items())
-    notes = [f"n: {asked}", "one run; 95 % intervals are Wilson's, over questions"]
-    return harness.report(a, "test clips told and drawn", about, ("model, clips", *keys), rows, {"runs": runs}, notes)
+            runs.append({"model": name, "shown": how, "values": values})
+            print(f"{name}, {how}:", *(f"{k} {v['value']:.2f}" for k, v in values.items()), flush=True)
+    rows = [(key, *(cell(r["values"][key]) for r in runs), value["n"]) for key, value in runs[0]["values"].items()]
+    columns = ("task", *(f"{r['model']}, {r['shown']}" for r in runs), "n")
+    notes = ["one run; 95 % intervals are Wilson's, over questions"]
+    return harness.report(a, "test questions told and drawn", about, columns, rows, {"runs": runs}, notes)
+
+
+def cell(value: dict[str, Any]) -> str:
+    return f"{value['value']:.2f} ({value['ci95'][0]:.2f} to {value['ci95'][1]:.2f})"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every benchmark runs at a micro setting and writes its figures; how good they are is for docs/benchmarks.md."""
 
+import csv
 import importlib
 import json
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_mix.world import kc
 from mm import formats
 from mm.common.errors import UserError
+from mm.common.files import read_json
 from mm.keye import Keye
 from mm.sizes import PROCESSORS, SIZES
 from mm.tokenizer import Tokenizer
@@ -116,10 +119,10 @@ def test_projectors_are_taught_and_asked_alike(untaught, tmp_path, monkeypatch):
     assert all(0 <= v <= 1 for r in got["runs"] for v in r["values"].values())
 
 
-def test_who_is_to_blame_is_asked_of_clips_told_whole(untaught, tmp_path, monkeypatch):
-    monkeypatch.setattr(blame, "TASKS", ("caption_shape", "order"))
+def test_who_is_to_blame_is_asked_of_what_is_told_whole(untaught, tmp_path, monkeypatch):
+    monkeypatch.setattr(blame, "TASKS", ("caption_shape", "SPU"))
     got = figures(blame, tmp_path, "--run", untaught, "--limit", 1)
-    assert [(r["model"], r["clips"]) for r in got["runs"]] == [("told_tasks", "told")]
+    assert [(r["model"], r["shown"]) for r in got["runs"]] == [("told_tasks", "told")]
     assert all({v["n"] for v in r["values"].values()} == {1} for r in got["runs"])
     with pytest.raises(UserError, match="no model of s2_multitask"):
         blame.main(["--run", str(untaught), "--models", "s2_multitask"])
@@ -133,6 +136,18 @@ def test_who_is_to_blame_is_asked_of_clips_told_whole(untaught, tmp_path, monkey
     for thing in truth["things"]:
         for word in (thing["colour"], thing["material"], thing["shape"]):
             assert set(listener.tokenizer.encode(f" {word}")) - set(listener.tokenizer.encode(" ")) <= said
+    seed, checked = read_json(root / "world.json")["seed"], 0
+    with open(root / "kc" / "subsets" / "SPU.tsv", encoding="utf-8", newline="") as f:
+        rows = [r for r in csv.DictReader(f, delimiter="\t") if not r["category"].startswith("train")]
+    for row in rows:  # the truths told are those of the pictures drawn
+        paths = [root / "kc" / "images" / p for p in json.loads(row["image_path"])]
+        split, number, _ = paths[0].stem.split("-")
+        assert kc.kc_row(seed, "SPU", split, int(number))["question"] == row["question"]
+        first, second = (blame.truth_of(p)["things"][0] for p in paths)
+        same = all(first[k] == second[k] for k in ("colour", "shape", "material"))
+        assert row["answer"] in (("yes", "是") if same else ("no", "否"))
+        checked += 1
+    assert checked == 2 * read_json(root / "world.json")["plan"]["kc_rows"]
 
 
 OFTEN = ("keye.words", "keye.words, no places")
