@@ -44,18 +44,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @functools.cache
-def cover_truths(seed: int, task: str, split: str, number: int) -> list[dict]:
-    """What the pictures of a row show: the world keeps no truth of them, so the row is made once more."""
-    return kc.kc_row(seed, task, split, number)["meta"]["truths"]
+def cover_row(seed: int, task: str, split: str, number: int) -> dict[str, Any]:
+    """A row of the world's KC tasks, made once more: the world keeps no truth of its pictures."""
+    return kc.kc_row(seed, task, split, number)
 
 
 def truth_of(path: Path) -> dict:
-    """The truth of a test clip, or of a picture of the world's KC tasks (kc/images/TASK/SPLIT-NUMBER-PICTURE.jpg)."""
+    """The truth of a test clip, or of a picture of the world's KC tasks (kc/images/TASK/SPLIT-NUMBER-PICTURE.jpg).
+    Raises UserError for a picture that this version of the world would not draw so."""
     if path.suffix == ".mp4":
         return read_json(path.with_suffix(".json"))
     split, number, picture = path.stem.split("-")
     seed = read_json(path.parents[3] / "world.json")["seed"]
-    return cover_truths(seed, path.parent.name, split, int(number))[int(picture)]
+    row, i = cover_row(seed, path.parent.name, split, int(number)), int(picture)
+    if row["images"][i] != path.read_bytes():
+        raise UserError(f"{path} is of another version of the world, so its truth is not known; make the world again")
+    return row["meta"]["truths"][i]
 
 
 class TellingMedia(Media):

@@ -17,19 +17,22 @@ GAP = (30, 16)
 
 
 def graph(nodes: list[dict]) -> str:
-    """Nodes {"name", "inputs", "seconds", "status", "note"} as an SVG graph, left to right by what needs what."""
-    column = _columns(nodes)
+    """Nodes {"name", "inputs", "seconds", "status", "note"} as an SVG graph, left to right by what needs what. What a
+    node needs by way of another has no line of its own; a road goes on in its row or below."""
+    needs = _direct(nodes)
+    column = _columns(needs)
     rows: dict[int, int] = {}
-    place = {}
+    row: dict[str, int] = {}
+    place: dict[str, tuple[int, int]] = {}
     for node in nodes:
-        c = column[node["name"]]
-        place[node["name"]] = (c * (BOX[0] + GAP[0]) + 4, rows.get(c, 0) * (BOX[1] + GAP[1]) + 4)
-        rows[c] = rows.get(c, 0) + 1
+        name = node["name"]
+        c, above = column[name], min((row[i] for i in needs[name] if i in row), default=0)
+        row[name] = max(rows.get(c, 0), above)
+        place[name] = (c * (BOX[0] + GAP[0]) + 4, row[name] * (BOX[1] + GAP[1]) + 4)
+        rows[c] = row[name] + 1
     width = (max(rows, default=0) + 1) * (BOX[0] + GAP[0]) - GAP[0] + 8
     height = max(rows.values(), default=0) * (BOX[1] + GAP[1]) - GAP[1] + 8
-    edges = "".join(
-        _edge(place[i], place[n["name"]]) for n in nodes for i in n.get("inputs", []) if i in place
-    )  # fmt: skip
+    edges = "".join(_edge(place[i], place[name]) for name, of in needs.items() for i in of)
     boxes = "".join(_box(n, *place[n["name"]]) for n in nodes)
     return (
         f'<svg class="graph" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
@@ -37,12 +40,21 @@ def graph(nodes: list[dict]) -> str:
     )
 
 
-def _columns(nodes: list[dict]) -> dict[str, int]:
-    """Longest way from a node without inputs; inputs that are no nodes count as given."""
-    inputs = {n["name"]: [i for i in n.get("inputs", []) if any(m["name"] == i for m in nodes)] for n in nodes}
-    column = dict.fromkeys(inputs, 0)
+def _direct(nodes: list[dict]) -> dict[str, list[str]]:
+    """The inputs of each node that it does not need by way of another input; what is no node counts as given."""
+    inputs = {n["name"]: n.get("inputs", []) for n in nodes}
+    inputs = {name: [i for i in of if i in inputs] for name, of in inputs.items()}
+    before = {name: set(of) for name, of in inputs.items()}
     for _ in nodes:
-        column = {name: max((column[i] + 1 for i in of), default=0) for name, of in inputs.items()}
+        before = {name: of.union(*(before[i] for i in of)) for name, of in before.items()}
+    return {name: [i for i in of if not any(i in before[j] for j in of)] for name, of in inputs.items()}
+
+
+def _columns(needs: dict[str, list[str]]) -> dict[str, int]:
+    """Longest way from a node without inputs."""
+    column = dict.fromkeys(needs, 0)
+    for _ in needs:
+        column = {name: max((column[i] + 1 for i in of), default=0) for name, of in needs.items()}
     return column
 
 

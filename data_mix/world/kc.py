@@ -139,7 +139,7 @@ def video_order(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dic
                     "like [Video 2, Video 1, Video 3].")  # fmt: skip
     shown = [episodes[i] for i in order]
     said = [say(s, lang) if kind == "walk" else s for s in steps]
-    return _row(question, answer, shown, pair=pair, kind=kind, order=order, steps=[said[i] for i in order])
+    return _row(question, answer, shown, pair=pair, kind=kind, steps=[said[i] for i in order])
 
 
 def _crowd(shot: Shot, random, pair: Pair, material: str, n: int) -> tuple[Any, dict]:
@@ -217,9 +217,8 @@ def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
 
 
 def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator) -> list[Turn]:
-    """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was:
-    three to five questions about single pictures; where there are several, one or two, and three to five that compare
-    them."""
+    """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was: up
+    to five questions about single pictures; where there are several, one or two, and up to five that compare them."""
     truths, zh = row["meta"]["truths"], lang == "zh"
     single = [t for i, truth in enumerate(truths) for t in _about(row, truth, i, lang, random)]
     if ugly := row["meta"].get("ugly"):
@@ -227,7 +226,7 @@ def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator) -> l
                        "a": phrase(ugly[0], ugly[1], lang)})  # fmt: skip
     compared: list[Turn] = []
     if "steps" in row["meta"]:
-        compared = _ordered(row["meta"]["order"], row["meta"]["steps"], lang)
+        compared = [_steps(row["meta"]["kind"], row["meta"]["steps"], lang)]
     elif len(truths) > 1:
         compared = compare([t["things"][0] for t in truths], lang)
     few = (1, 3) if compared else (3, 6)
@@ -264,35 +263,37 @@ def compare(things: Sequence[dict], lang: str) -> list[Turn]:
         for key in keys:
             q = f"每张图里最大的东西是什么{say(key, lang)}？" if zh else f"What {key} is the largest thing in each?"
             out.append({"type": "each", "q": q, "a": comma.join(say(t[key], lang) for t in things)})
-            q = f"哪些图和图1{say(key, lang)}相同？" if zh else f"Which pictures show the same {key} as picture 1?"
+            q = (f"哪些图里最大的东西和图1的{say(key, lang)}相同？" if zh
+                 else f"In which pictures has the largest thing the same {key} as in picture 1?")  # fmt: skip
             as_first = [str(i + 1) for i, t in enumerate(things) if i and t[key] == things[0][key]]
             out.append({"type": "like the first", "q": q, "a": comma.join(as_first) or none})
     for (i, a), (j, b) in itertools.combinations(enumerate(things), 2):
-        of = f"图{i + 1}和图{j + 1}" if zh else f"pictures {i + 1} and {j + 1}"
+        of = f"图{i + 1}和图{j + 1}里最大的东西" if zh else f"the largest things in pictures {i + 1} and {j + 1}"
         if len(things) == 2:
             of = "两张图" if zh else "the two pictures"
         common = [say(a[k], lang) for k in keys if a[k] == b[k]]
         apart = [f"{say(a[k], lang)} {say(b[k], lang)}" for k in keys if a[k] != b[k]]
-        out.append({"type": "common", "q": f"{of}有什么相同？" if zh else f"What is the same in {of}?",
+        out.append({"type": "common", "q": f"{of}有什么相同？" if zh else f"What do {of} have in common?",
                     "a": comma.join(common) or none})  # fmt: skip
-        out.append({"type": "apart", "q": f"{of}有什么不同？" if zh else f"What differs in {of}?",
+        out.append({"type": "apart", "q": f"{of}有什么不同？" if zh else f"What differs between {of}?",
                     "a": comma.join(apart) or none})  # fmt: skip
         for key in keys:
             q = f"{of}{say(key, lang)}相同吗？" if zh else f"Have {of} the same {key}?"
             out.append({"type": "same", "q": q, "a": _yes(a[key] == b[key], lang)})
-        q = f"{of}是同款吗？" if zh else f"Is it the same product in {of}?"
-        out.append({"type": "same", "q": q, "a": _yes(not apart, lang)})
     return out
 
 
-def _ordered(order: Sequence[int], steps: Sequence[str], lang: str) -> list[Turn]:
+_STEPS = {
+    "sign": ("每张图是第几集？", "Which episode is each picture?"),
+    "number": ("每张图里有几个东西？", "How many things are in each picture?"),
+    "walk": ("每张图里的东西在哪边？", "On which side is the thing in each picture?"),
+}
+
+
+def _steps(kind: str, steps: Sequence[str], lang: str) -> Turn:
+    """What puts the episodes of a series in order, in each."""
     zh = lang == "zh"
-    q = "每张图依次是多少，或在哪边？" if zh else "How many, or which side, is it in each picture?"
-    out = [{"type": "steps", "q": q, "a": ("、" if zh else ", ").join(steps)}]
-    for i, j in itertools.combinations(range(len(order)), 2):
-        q = f"图{i + 1}和图{j + 1}哪个在前？" if zh else f"Which of pictures {i + 1} and {j + 1} comes first?"
-        out.append({"type": "first", "q": q, "a": str((i if order[i] < order[j] else j) + 1)})
-    return out
+    return {"type": "steps", "q": _STEPS[kind][0 if zh else 1], "a": ("、" if zh else ", ").join(steps)}
 
 
 MAKERS: dict[str, Callable] = dict(

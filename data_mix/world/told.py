@@ -22,6 +22,7 @@ SHARES = {
     "caption": 0.12, "ocr": 0.1, "counting": 0.12, "vqa": 0.07, "interleaved": 0.04, "video_caption": 0.12,
     "video_qa": 0.08, "shop": 0.35,
 }  # fmt: skip
+# Rows of each KC task: what compares three pictures takes longest.
 SHOP = {"CPV": 0.08, "Video_Topic": 0.26, "Video_Order": 0.26, "PornComment": 0.12, "High_like": 0.12, "SPU": 0.16}
 ABSENT = 0.6  # of the things in a list, for how many a near miss is listed too
 SHOWN = 4  # frames of a clip beside a list: their words would crowd out the list's
@@ -67,7 +68,10 @@ def told_compare(seed: int, index: int) -> Sample:
     lang = tasks.language(random)
     first = (stills.any_pair(random), str(random.choice(MATERIALS)))
     shots = [kc.item(picture, random, *thing) for thing in (first, _near(random, *first))]
-    turns = kc.compare([truth["things"][0] for _, truth in shots], lang)
+    one, two = (truth["things"][0] for _, truth in shots)
+    q = "两张图是同款商品吗？" if lang == "zh" else "Are the two pictures of the same product?"
+    same = "yes" if all(one[k] == two[k] for k in ("colour", "shape", "material")) else "no"
+    turns = [*kc.compare([one, two], lang), {"type": "product", "q": q, "a": say(same, lang)}]
     turns = [turns[i] for i in random.permutation(len(turns))]
     parts = [{"type": "image", "image": f"{i}.jpg"} for i in range(len(shots))]
     return _sample(stills.conversation(parts, turns, "compare", {"lang": lang}), [said for said, _ in shots],
@@ -75,7 +79,7 @@ def told_compare(seed: int, index: int) -> Sample:
 
 
 def _near(random: np.random.Generator, pair: stills.Pair, material: str) -> tuple[stills.Pair, str]:
-    """The same thing, one with one attribute changed, or one of which any may be."""
+    """The same thing, one with one attribute changed, or one where each is the same half the time."""
     kind = random.integers(4)
     if kind == 0:
         return pair, material

@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-VERSION = "14"
+VERSION = "15"
 LANGUAGES = ("en", "zh")
 
 SHAPES = ("ball", "cube", "cone", "star", "ring", "cross")

@@ -41,7 +41,7 @@ from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
 
 STAGES: dict[str, Callable[[str], Stage]] = {
-    "keye.words": words.stage,  # towers before decoders: the report's graph then has each road in one row
+    "keye.words": words.stage,  # towers before decoders: the road above, in the report's graph, that waits
     "keye.text": text.stage,
     "keye.s0_vit": s0_vit.stage,
     "keye.told": told.stage,

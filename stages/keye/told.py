@@ -11,10 +11,10 @@ embeddings of the words for what lies there (`mm/told.py`).
 
 `told` looks up. A third are lists of all that a scene holds, and of what it does not, each thing's words in any
 order: they ask for hardly anything but looking up. Nearly as many are plain questions about single things, the
-others ask what stage 2 will. `told_compare` looks up in two pictures and says what they have in common and what not,
-which no model learnt among other things, in single trials, nor from yes and no alone; and briefly, in small steps, it
-is learnt by itself. `told_tasks` asks what stage 2 will, most of it what compares, with a little of all before.
-s1_align then teaches the projector to give those words for what the tower sees.
+others ask what stage 2 will. `told_compare` says what two pictures have in common and what not. In single trials no
+model learnt that mixed with other tasks, or from yes and no alone; so it is learnt by itself, briefly, in small
+packs. `told_tasks` asks what stage 2 will, with a little of all before. s1_align then teaches the projector to give
+those words for what the tower sees.
 """
 
 from data_mix.mix import SourceSpec

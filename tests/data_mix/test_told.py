@@ -129,7 +129,7 @@ def test_what_is_asked_can_be_read_off_what_is_told_and_not_off_what_was_said():
 
 def test_what_two_pictures_have_in_common_can_be_read_off_what_is_told():
     """What is named as common stands in both pictures, what differs in one each; no pair that training holds out is
-    told, and an attribute is the same in about half of all."""
+    told, and an attribute is the same in about two of three."""
     same = Counter()
     for sample in (told_compare(3, i) for i in range(200)):
         first, second = (set(n.split(" ")) for told in sample["told"].values() for n in [regions_of(told)[0].phrase])
@@ -139,13 +139,13 @@ def test_what_two_pictures_have_in_common_can_be_read_off_what_is_told():
         turns = [m["content"] for m in sample["messages"]]
         turns[0] = turns[0][-1]["text"]
         asked = dict(zip(turns[::2], turns[1::2], strict=True))
-        assert set(asked["What is the same in the two pictures?"].split(", ")) == (first & second or {"none"})
-        assert set(re.split(", | ", asked["What differs in the two pictures?"])) == (first ^ second or {"none"})
-        assert (asked["Is it the same product in the two pictures?"] == "yes") == (first == second)
+        assert set(asked["What do the two pictures have in common?"].split(", ")) == (first & second or {"none"})
+        assert set(re.split(", | ", asked["What differs between the two pictures?"])) == (first ^ second or {"none"})
+        assert (asked["Are the two pictures of the same product?"] == "yes") == (first == second)
         said = [asked[f"Have the two pictures the same {key}?"] == "yes" for key in ("colour", "shape", "material")]
         assert sum(said) == len(first & second) and len(asked) == 6
         same.update(said)
-    assert 0.4 < same[True] / same.total() < 0.8
+    assert 0.55 < same[True] / same.total() < 0.75
 
 
 @pytest.fixture(scope="module")

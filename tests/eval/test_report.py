@@ -80,6 +80,15 @@ def test_graph_of_one_and_of_nothing():
     assert "<svg" in graph([{"name": "a"}]) and "<svg" in graph([])
 
 
+def test_graph_draws_what_is_needed_directly_and_no_line_behind_a_box():
+    """Two roads of unlike length that meet: the shorter one runs straight on, in a row of its own."""
+    needs = {"world": [], "a": ["world"], "b": ["world"], "b2": ["b", "world"], "end": ["b2", "a", "world"]}
+    drawn = graph([{"name": n, "inputs": of} for n, of in needs.items()])
+    boxes = dict(re.findall(r"<title>(\w+)</title><rect [^>]*x=\"\d+\" y=\"(\d+)\"", drawn))
+    assert boxes["world"] == boxes["a"] == boxes["end"] < boxes["b"] == boxes["b2"]
+    assert drawn.count("<path") == 5  # none from the world to b2 and end, which need it by way of others
+
+
 def test_no_run_no_page(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         report(tmp_path / "gone", tmp_path / "r.html")
