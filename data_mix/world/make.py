@@ -33,7 +33,7 @@ from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
 ALONE = {task: f"shop_{task.lower()}" for task in kc.TASKS if task != "CPV"}  # what is asked without follow-ups too
-TEXTS = ("text", "text_chat", "told", "told_ask", "told_compare", "told_task")  # no media of their own
+TEXTS = ("text", "text_chat", "told", "told_ask", "told_task")  # no media of their own
 SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "motion", "reorder", "shop",
            *ALONE.values(), *TEXTS)  # fmt: skip
 
@@ -52,7 +52,6 @@ class WorldSize:
     text_chat: int
     told: int
     told_ask: int
-    told_compare: int
     told_task: int
     items: int
     users: int
@@ -80,11 +79,11 @@ def _shop(n: int) -> dict[str, int]:
 
 
 WORLD_SIZES = {
-    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 9, 9, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
-    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 3000, 4000, 4000, 240, 300, 130, 250,
-                      100, 160),
-    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 9000, 12000, 12000, 720, 900, 260,
-                      500, 200, 200, {"reorder": 900, "motion": 900}),
+    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 9, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 3000, 4000, 240, 300, 130, 250, 100,
+                      160),
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 9000, 12000, 720, 900, 260, 500,
+                      200, 200, {"reorder": 900, "motion": 900}),
 }  # fmt: skip
 
 
@@ -109,7 +108,7 @@ def work(job: tuple) -> Any:
     if kind == "item":
         return shop.make_item(seed, *a)
     make = {"text": documents.document, "text_chat": documents.chat, "told": told.told, "told_ask": told.told_ask,
-            "told_compare": told.told_compare, "told_task": told.told_task}[kind]
+            "told_task": told.told_task}[kind]
     return [make(seed, i) for i in range(*a)]
 
 

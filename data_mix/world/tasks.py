@@ -154,8 +154,7 @@ def clip_samples(seed: int, name: str, truth: dict, family: str) -> dict[str, di
     random = rng(seed, "talk", name)
     samples = {family: (video_caption if family == "video_caption" else video_qa)(truth, random)}
     if truth["fps"] != FPS:
-        every = rng(seed, "frames named", name).random() < 0.25
-        samples["tracks"] = named_clip(truth, len(truth["times"]) if every else 3)
+        samples["tracks"] = named_clip(truth)
         if moves := motion(truth, language(rng(seed, "asked of motion", name))):
             samples["motion"] = moves
     mixed = reorder(truth, rng(seed, "reorder", name))
@@ -205,8 +204,8 @@ def named_at(truth: dict, shown: list[int]) -> str:
     return "\n".join(lines)
 
 
-def named_clip(truth: dict, frames: int) -> dict:
-    """So many frames of a brief clip, evenly spread, with everything plain to see in each, called by what it is, what
+def named_clip(truth: dict, frames: int = 3) -> dict:
+    """Some frames of a brief clip, evenly spread, with everything plain to see in each, called by what it is, what
     it does, and whether it is where it is in that frame alone."""
     shown = np.linspace(0, len(truth["times"]) - 1, frames).round().astype(int).tolist()
     turn = stills.regions_turn(named_at(truth, shown))

@@ -28,7 +28,7 @@ def stage(size: str) -> Stage:
         model=Towers(SIZES[size].vision, TEXTS[size]),
         start=["scratch"],
         train={"vision_model.*": 1.0, "vision_model.head.*": 0.0, "text_model.embeddings.token_embedding.*": 1.0},
-        mix=[SourceSpec("regions", 0.68, "samples"), SourceSpec("tracks", 0.32, "samples")],
+        mix=[SourceSpec("regions", 0.62, "samples"), SourceSpec("tracks", 0.38, "samples")],
         processor=replace(PROCESSORS[size], frame_max_tokens=25, video_max_tokens=200),
         objective=ObjectiveSpec("words", {"silence": 0.25, "places": 0.1}),
         optim=Optim(name="muon", lr=8e-3, momentum=0.9, weight_decay=0.05, schedule="cosine", warmup_steps=20,

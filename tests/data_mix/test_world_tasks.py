@@ -46,7 +46,7 @@ def test_every_source_opens_and_names_its_media(world):
             sample = source.sample(i)
             for suffix, fact in sample["media"].items():
                 if suffix in sample.get("told", {}):
-                    assert regions_of(sample["told"][suffix]) and name.startswith("told")
+                    assert regions_of(sample["told"][suffix]) and name in ("told", "told_ask", "told_task")
                 elif fact["kind"] == "image":
                     assert Image.open(io.BytesIO(source.member(i, suffix))).size == (fact["width"], fact["height"])
             roles = [m["role"] for m in sample["messages"]]
@@ -295,72 +295,39 @@ def test_shop_questions_in_words_tell_what_they_ask():
 def test_what_is_asked_after_a_shop_question_is_true():
     """Every kind of follow-up against the truths of its pictures, and no kind leans to one answer of two."""
     seen: Counter = Counter()
-    for i in range(480):
+    for i in range(240):
         task = kc.TASKS[i % 6]
         row = kc.MAKERS[task](documents.told("en"), rng(6, i), "en", COLOUR_SHAPE, i)
         things = [t["things"][0] for t in row["meta"]["truths"]]
         signs = [bool(t["signs"]) for t in row["meta"]["truths"]]
         turns = kc.follow_ups(row, "en", rng(7, i))
-        assert (2 if task == "Video_Order" else 3) <= len(turns) <= (7 if len(things) > 1 else 5)
+        assert 4 <= len(turns) <= (4 if task in ("CPV", "High_like", "PornComment") else 8)
         assert len({t["q"] for t in turns}) == len(turns)
         for t in turns:
             at = [int(n) - 1 for n in re.findall(r"\d+", t["q"].replace("1000", ""))] or [0]
-            thing, kind = things[at[0]], t["type"]
-            if kind == "what":
-                right = f"{thing['colour']} {thing['material']} {thing['shape']}"
-            elif kind == "is":
-                right = "yes" if t["q"].endswith(f" a {thing['colour']} {thing['shape']}?") else "no"
+            thing = things[at[0]]
+            if t["type"] == "what":
+                assert t["a"] == f"{thing['colour']} {thing['material']} {thing['shape']}"
+                continue
+            if t["type"] == "same":
+                key = t["q"].split()[-1].strip("?")
+                right = thing[key] == things[at[1]][key]
+            elif t["type"] == "is":
+                right = t["q"].endswith(f" a {thing['colour']} {thing['shape']}?")
                 named = tuple(t["q"].strip("?").split()[-2:])
                 assert named in COLOUR_SHAPE and (named[0] == thing["colour"] or named[1] == thing["shape"])
-            elif kind == "sign":
-                right = "yes" if signs[at[0]] else "no"
-            elif kind == "ugly":
-                right = re.search(r"Comment: (\w+ \w+) is ugly", row["question"])[1]
-            elif kind == "steps":
-                right = ", ".join(step_of(shown, row["meta"]["kind"]) for shown in row["images"])
-            elif kind == "likes" and task == "High_like":
-                right = "yes" if row["meta"]["likes"] > 1000 else "no"
-            elif kind == "likes":  # near to 0, noise may have turned it
-                points = shop.like_points(thing["colour"], thing["shape"], signs[at[0]])
-                right = ("yes" if points > 0 else "no") if abs(points) > 1.5 else t["a"]
+            elif t["type"] == "sign":
+                right = signs[at[0]]
+            elif task == "High_like":
+                right = row["meta"]["likes"] > 1000
             else:
-                right = compared(kind, t["q"], things, at)
-                assert len(things) == 2 or "largest thing" in t["q"]  # there are small ones beside it
-            assert t["a"] == right, (t, things)
-            seen[kind, t["a"]] += 1
+                points = shop.like_points(thing["colour"], thing["shape"], signs[at[0]])
+                right = points > 0 if abs(points) > 1.5 else t["a"] == "yes"  # nearer to 0 noise may have turned it
+            assert t["a"] == ("yes" if right else "no")
+            seen[t["type"], t["a"]] += 1
     assert min(seen["sign", "yes"], seen["sign", "no"]) > 5  # few covers have one
     for kind in ("same", "is", "likes"):
         assert min(seen[kind, "yes"], seen[kind, "no"]) > 0.15 * (seen[kind, "yes"] + seen[kind, "no"]) > 5
-    comparing = {"each", "like the first", "common", "apart", "same", "steps"}
-    assert {k for k, _ in seen} == {"what", "sign", "is", "likes", "ugly"} | comparing
-
-
-def step_of(said, kind):
-    """What puts a told episode in order, read off its words."""
-    if kind == "sign":
-        return re.search(r"EP (\d+)", said)[1]
-    if kind == "walk":
-        return re.search(r"(\w+)\.$", said)[1]
-    return str(len(re.findall(r"\ba ", said)))
-
-
-def compared(kind, question, things, at):
-    """The answer to a question that compares things, from their attributes."""
-    keys = ("colour", "shape", "material")
-    asked = [k for k in keys if k in question]
-    if kind == "each":
-        return ", ".join(t[asked[0]] for t in things)
-    if kind == "like the first":
-        return (
-            ", ".join(str(i + 1) for i, t in enumerate(things) if i and t[asked[0]] == things[0][asked[0]]) or "none"
-        )
-    a, b = things if len(things) == 2 else (things[i] for i in at)
-    if kind == "same":
-        return "yes" if all(a[k] == b[k] for k in asked or keys) else "no"
-    if kind == "common":
-        return ", ".join(a[k] for k in keys if a[k] == b[k]) or "none"
-    assert kind == "apart"
-    return ", ".join(f"{a[k]} {b[k]}" for k in keys if a[k] != b[k]) or "none"
 
 
 def test_the_worlds_tokenizer_has_a_piece_for_each_word_of_a_name(world):
