@@ -150,25 +150,20 @@ def test_who_is_to_blame_is_asked_of_what_is_told_whole(untaught, tmp_path, monk
     assert checked == 2 * read_json(root / "world.json")["plan"]["kc_rows"]
 
 
-OFTEN = ("keye.words", "keye.words, no places")
-
-
 def test_towers_are_taught_and_asked_alike(micro_world, tmp_path, small_vocabulary):
     got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 2, "--lrs", "1e-3,2e-3",
-                  "--arms", *OFTEN)  # fmt: skip
-    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] * 2 and {r["n"] for r in got["runs"]} != {0}
+                  "--arms", "keye.words")  # fmt: skip
+    assert [r["seed"] for r in got["runs"]] == [0, 0, 1] and {r["n"] for r in got["runs"]} != {0}
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
-    assert sum(r["best"] for r in got["runs"]) == 4 and {r["arm"] for r in got["runs"]} == set(OFTEN)
-    place = {(r["arm"], r["lr"], r["seed"]): r["place"] for r in got["runs"]}
-    assert place["keye.words", 1e-3, 0] != place["keye.words, no places", 1e-3, 0]
+    assert sum(r["best"] for r in got["runs"]) == 2
 
 
-def test_every_way_to_teach_a_tower_runs(micro_world, tmp_path, small_vocabulary):
-    rest = [arm for arm in tower.ARMS if arm not in OFTEN]
-    got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 1, "--lrs", "1e-3",
-                  "--arms", *rest)  # fmt: skip
-    assert [r["arm"] for r in got["runs"]] == rest and len(rest) == 6
+def test_every_way_to_teach_a_tower_runs_and_is_another(micro_world, tmp_path, small_vocabulary):
+    got = figures(tower, tmp_path, "--world", micro_world, "--steps", 1, "--seeds", 1, "--lrs", "1e-3")
+    assert [r["arm"] for r in got["runs"]] == list(tower.ARMS) and len(tower.ARMS) == 8
     assert all(0 <= r[key] <= 1 for r in got["runs"] for key in (*tower.ASKED, *tower.TOLD))
+    place = {r["arm"]: r["place"] for r in got["runs"]}
+    assert place["keye.words"] != place["keye.words, no places"]
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():
