@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -24,6 +25,13 @@ def micro_world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("micro") / "world"
     make_world(folder, size="micro", workers=1, quiet=True)
     return folder
+
+
+@pytest.fixture
+def left_over():
+    """() -> processes begun since the test did, and alive."""
+    before = psutil.Process().children()
+    return lambda: [p for p in psutil.Process().children() if p not in before]
 
 
 @pytest.fixture(autouse=True)

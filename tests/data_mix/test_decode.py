@@ -5,7 +5,6 @@ import hashlib
 import time
 
 import numpy as np
-import psutil
 import pytest
 
 from data_mix.decode import Apart, DecodePool, Job, decode_file
@@ -39,7 +38,7 @@ def fine(seed=0):
     return picture(seed, (56, 56))
 
 
-def test_a_hang_and_a_crash_cost_one_sample_each(tricky, job):
+def test_a_hang_and_a_crash_cost_one_sample_each(tricky, job, left_over):
     jobs = [fine(1), picture(0, HANGS), fine(2), picture(0, CRASHES), picture(0, FAILS), picture(0, BREAKS), fine(3)]
     with DecodePool(tricky, workers=1, deadline=1.5) as pool:
         futures = [pool.submit(job(data)) for data in jobs]
@@ -47,10 +46,10 @@ def test_a_hang_and_a_crash_cost_one_sample_each(tricky, job):
     assert reasons == ["", "decoding took longer than 1.5 s", "", "the decoder crashed", "damaged image",
                        "decoder error: ZeroDivisionError", ""]  # fmt: skip
     assert np.array_equal(futures[6].result(), tricky.load_image(fine(3)))
-    assert not psutil.Process().children()
+    assert not left_over()
 
 
-def test_calls_apart(tricky, tmp_path):
+def test_calls_apart(tricky, tmp_path, left_over):
     """What evaluation and chat open: a hang, a crash and a file that is no picture are a BadSample each; nothing is
     left afterwards."""
     files = {
@@ -71,17 +70,17 @@ def test_calls_apart(tricky, tmp_path):
     assert reasons["breaks"] == "decoder error: ZeroDivisionError" and "image" in reasons["text"]
     assert np.array_equal(decode(str(tmp_path / "fine"), "image")[0], tricky.load_image(files["fine"]))
     decode.close()
-    assert not psutil.Process().children()
+    assert not left_over()
 
 
-def test_close_ends_a_hanging_worker_at_once(tricky, job):
+def test_close_ends_a_hanging_worker_at_once(tricky, job, left_over):
     pool = DecodePool(tricky, workers=1, deadline=1000)
     pool.submit(job(fine())).result(timeout=100)
     hanging, waiting = pool.submit(job(picture(0, HANGS))), pool.submit(job(fine(2)))
     time.sleep(0.3)
     start = time.monotonic()
     pool.close()
-    assert time.monotonic() - start < 5 and not psutil.Process().children()
+    assert time.monotonic() - start < 5 and not left_over()
     assert hanging.exception(timeout=1) and waiting.cancelled()
     assert pool.submit(job(fine(3))).cancelled()
 
