@@ -2,7 +2,7 @@
 
 A told clip or picture (`mm/told.py`) is what a tower and a projector without a mistake would give of it: at each
 place the decoder's own embeddings of the words for what lies there. What a model gets wrong of what is told is its
-decoder's mistake; what it gets right, and wrong of the same drawn, was lost before the decoder. After `told` no
+decoder's mistake; what it gets right, and wrong of the same drawn, was lost before the decoder. After `told_tasks` no
 stage tells anything any more, so a decoder may forget some of how to listen.
 
     python benchmarks/blame.py --run runs/quickstart
@@ -31,7 +31,7 @@ from mm.processor import Processor
 from mm.tokenizer import Tokenizer
 from mm.told import Told
 
-MODELS = ("told", "s1_align", "s2_multitask", "s3_merge")
+MODELS = ("told_tasks", "s1_align", "s2_multitask", "s3_merge")
 TASKS = ("caption_colour", "caption_shape", "caption_motion", "order", *(s.name for s in kc_mmbench.SUBSETS))
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> harness.Json:
     runs: list[dict[str, Any]] = []
     for name in found:
         for how, kind in (("told", Listener), ("drawn", Checkpoint)):
-            if name == "told" and how == "drawn":  # its projector has learnt nothing
+            if name == "told_tasks" and how == "drawn":  # its projector has learnt nothing
                 continue
             scores = answered(kind, a.run / name / "model", a)
             values = {key: {k: score[k] for k in ("value", "ci95", "n")} for key, score in scores.items()}

@@ -1,9 +1,9 @@
 """What a projector makes of a tower and a decoder that never met: captions, or what told pictures give.
 
-From the tower (`s0_vit`) and the decoder (`told`) of a finished run the projector alone is trained: as `s1_align` is
-at tiny; the same by the squared distance from what is told alone; and as published, by the captions of pictures and
-clips (next token, the same optimizer). Each for as many steps, of as many packs. Then it answers the world's test
-questions; that decoder has been asked no question of a picture that was drawn.
+From the tower (`s0_vit`) and the decoder (`told_tasks`) of a finished run the projector alone is trained: as
+`s1_align` is at tiny; the same by the squared distance from what is told alone; and as published, by the captions of
+pictures and clips (next token, the same optimizer). Each for as many steps, of as many packs. Then it answers the
+world's test questions; that decoder has been asked no question of a picture that was drawn.
 
     python benchmarks/projector.py --run runs/quickstart
 """
@@ -28,13 +28,13 @@ from stages.keye.run import Means, build, load_data, processor_of, tokenizer_of
 from stages.stage import Checkpoints, Log, ObjectiveSpec, Stage
 
 ARMS = ("what is told", "what is told, by distance alone", "captions")
-NEEDS = ("world", "told", "s0_vit")
+NEEDS = ("world", "told_tasks", "s0_vit")
 TASKS = ("caption_colour", "caption_shape", "CPV", "ocr")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = harness.parser(__doc__)
-    p.add_argument("--run", type=Path, required=True, help="a run that has world, told and s0_vit")
+    p.add_argument("--run", type=Path, required=True, help="a run that has world, told_tasks and s0_vit")
     p.add_argument("--steps", type=int, default=150)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="; ".join(ARMS))

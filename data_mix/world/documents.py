@@ -126,6 +126,18 @@ def document(seed: int, index: int) -> dict[str, Any]:
     return {"messages": [{"role": "text", "content": "\n".join(lines)}], "family": "text", "meta": {"lang": lang}}
 
 
+def verdicts(seed: int, index: int) -> dict[str, Any]:
+    """{"role": "text"}: nothing but replies to rows of KC-MMBench's shape that compare or put in order. Conversations
+    hold one such verdict in a hundred words; from those few a small model hardly learns that two words are the same,
+    or which number is the least."""
+    random = rng(seed, "text", f"verdicts-{index:06d}")
+    lang = "zh" if random.random() < 0.5 else "en"
+    task = str(random.choice(["Video_Topic", "Video_Order"]))
+    rows = [kc.MAKERS[task](told(lang), random, lang, COLOUR_SHAPE, int(random.integers(12))) for _ in range(8)]
+    return {"messages": [{"role": "text", "content": "\n".join(r["reply"] for r in rows)}], "family": "text",
+            "meta": {"lang": lang}}  # fmt: skip
+
+
 _SHOP = {"CPV": 0.1, "Video_Topic": 0.15, "Video_Order": 0.15, "PornComment": 0.2, "High_like": 0.25, "SPU": 0.15}
 _SIDES = {"en": (" on the left.", " in the middle.", " on the right."), "zh": ("在左边。", "在中间。", "在右边。")}
 
@@ -157,7 +169,7 @@ def _in_words(seed: int, index: int) -> dict[str, Any]:
     row = kc.MAKERS[task](told(lang), random, lang, COLOUR_SHAPE, int(random.integers(12)))
     parts = iter(row["images"])
     said = "".join(p.get("text") or next(parts) + "\n" for p in numbered(len(row["images"]), lang))
-    turns = [{"q": said + row["question"], "a": row["answer"]}, *kc.follow_ups(row, lang, random)]
+    turns = [{"q": said + row["question"], "a": row["reply"]}, *kc.follow_ups(row, lang, random)]
     messages = [{"role": r, "content": t[k]} for t in turns for r, k in (("user", "q"), ("assistant", "a"))]
     return {"messages": messages, "family": "text_chat", "meta": {"lang": lang, "task": task}}
 

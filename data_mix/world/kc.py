@@ -1,7 +1,9 @@
 """Six tasks in the shape of KC-MMBench: covers and product pictures as images, then one question.
 
-Each maker returns {"question", "answer", "images": [jpg], "meta"}; `pairs` are the (colour, shape) pairs its heroes
-may have: those of training, or the held-out ones; `shot` takes the pictures (`picture`), or tells them in words.
+Each maker returns {"question", "answer", "reply", "images": [jpg], "meta"}. `reply` is how training answers: where
+videos are to be compared or put in order it first says what is in each, then the answer. `pairs` are the (colour,
+shape) pairs its heroes may have: those of training, or the held-out ones; `shot` takes the pictures (`picture`), or
+tells them in words.
 """
 
 import itertools
@@ -53,12 +55,12 @@ def _cover(
     return shot(random, things, signs=[sign] if sign else [], size=_size(random), scale=1.05)
 
 
-def _item(shot: Shot, random, pair: Pair, material: str, size: str = "large") -> tuple[Any, dict]:
+def item(shot: Shot, random, pair: Pair, material: str, size: str = "large") -> tuple[Any, dict]:
     return shot(random, [(pair, {"material": material, "size": size})], size=_size(random), scale=1.3)
 
 
-def _row(question: str, answer: str, shots: list[tuple[Any, dict]], **meta: Any) -> dict[str, Any]:
-    return {"question": question, "answer": answer, "images": [j for j, _ in shots],
+def _row(question: str, answer: str, shots: list[tuple[Any, dict]], reply: str = "", **meta: Any) -> dict[str, Any]:
+    return {"question": question, "answer": answer, "reply": reply or answer, "images": [j for j, _ in shots],
             "meta": {**meta, "truths": [t for _, t in shots]}}  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def cpv(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
     thing = {"colour": pair[0], "shape": pair[1], "material": str(random.choice(MATERIALS)), "size": "large"}
     keys = list(random.permutation(["colour", "shape", "material"])[:2])
     told = keys[int(random.integers(2))] if random.random() < 0.6 else "size"
-    made = _item(shot, random, pair, thing["material"])
+    made = item(shot, random, pair, thing["material"])
     title = shop.item_title(thing, lang, random, [told])
     names = [say(k, lang) for k in keys]
     options = "；".join(
@@ -102,7 +104,10 @@ def video_topic(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dic
     else:
         question = ("These are the covers of three videos; the topic is the shape of the largest thing. Have video 2 "
                     "and video 3 the topic of video 1? Answer yes or no for each, joined by _.")  # fmt: skip
-    return _row(question, "_".join(_yes(w, lang) for w in wanted), shots, pair=pair)
+    answer = "_".join(_yes(w, lang) for w in wanted)
+    first, *others = (say(truth["things"][0]["shape"], lang) for _, truth in shots)
+    reply = ", ".join(f"{first} {o} {_yes(o == first, lang)}" for o in others) + f". [{answer}]"
+    return _row(question, answer, shots, reply, pair=pair)
 
 
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -113,14 +118,16 @@ def video_order(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dic
     pair, material = any_pair(random, pairs=pairs), str(random.choice(MATERIALS))
     kind = ("sign", "number", "walk")[int(random.integers(3))]
     first = int(random.integers(1, 4))
-    episodes = []
+    episodes, steps = [], [say(w, lang) for w in ("left", "middle", "right")] if kind == "walk" else []
     for i in range(3):
         if kind == "sign":
             text = f"第{first + i}集" if lang == "zh" else f"EP {first + i}"
             others = int(random.integers(0, 2))
             episodes.append(_cover(shot, random, pair, others=others, sign=text, material=material))
+            steps.append(str(first + i))
         elif kind == "number":
             episodes.append(_crowd(shot, random, pair, material, i + 1))
+            steps.append(str(i + 1))
         else:
             hero = [(pair, {"material": material, "size": "large", "x": 0.05 + 0.45 * i})]
             episodes.append(shot(random, hero, size=_size(random), scale=0.9))
@@ -135,7 +142,9 @@ def video_order(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dic
     else:
         question = (f"Three videos of one series. Order them by {rule[1]}, least first, "
                     "like [Video 2, Video 1, Video 3].")  # fmt: skip
-    return _row(question, answer, [episodes[i] for i in order], pair=pair, kind=kind)
+    shown = [episodes[i] for i in order]
+    reply = ", ".join(f"{steps[i]}: Video {k}" for k, i in enumerate(order, start=1)) + f". {answer}"
+    return _row(question, answer, shown, reply, pair=pair, kind=kind)
 
 
 def _crowd(shot: Shot, random, pair: Pair, material: str, n: int) -> tuple[Any, dict]:
@@ -171,7 +180,8 @@ def rude_comment(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> di
     else:
         question = (f"Title: a {part} day\nComment: {comment}\nRude words, or calling a thing in the video ugly, "
                     "make a comment rude. Is this comment rude?")  # fmt: skip
-    return _row(question + SUFFIX[lang], _yes(rude, lang), [made], pair=pair, by_words=by_words)
+    ugly = None if by_words else shown
+    return _row(question + SUFFIX[lang], _yes(rude, lang), [made], pair=pair, by_words=by_words, ugly=ugly)
 
 
 def high_like(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
         other, stuff = change_one(random, pair, material, attribute)
     thing = {"colour": pair[0], "shape": pair[1], "material": material, "size": "large"}
     titles = [shop.item_title(thing, lang, random, []) for _ in range(2)]
-    shots = [_item(shot, random, pair, material), _item(shot, random, other, stuff)]
+    shots = [item(shot, random, pair, material), item(shot, random, other, stuff)]
     if random.random() < 0.5:
         shots.reverse()
     if lang == "zh":
@@ -212,33 +222,68 @@ def spu(shot: Shot, random, lang: str, pairs: Pairs, target: int) -> dict[str, A
 
 
 def follow_ups(row: dict[str, Any], lang: str, random: np.random.Generator) -> list[Turn]:
-    """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was:
-    what each shows, whether it is a certain thing, is liked, has a sign; what two have in common. Four to eight of
-    them, where there are so many."""
-    zh, truths, out = lang == "zh", row["meta"]["truths"], []
-    for i, truth in enumerate(truths):
-        where = (f"图{i + 1}里" if zh else f" in picture {i + 1}") if len(truths) > 1 else ""
-        thing, sign = truth["things"][0], bool(truth["signs"])
-        q = f"{where}最大的东西是什么？" if zh else f"What is the largest thing{where}?"
-        out.append({"type": "what", "q": q, "a": unsized(thing, lang)})
-        q = f"{where}有牌子吗？" if zh else f"Is there a sign{where}?"
-        out.append({"type": "sign", "q": q, "a": _yes(sign, lang)})
-        pair, right = (thing["colour"], thing["shape"]), random.random() < 0.5
-        if not right:
-            pair, _ = change_one(random, pair, "", str(random.choice(["colour", "shape"])))
-        p = phrase(*pair, lang)
-        q = f"{where}最大的东西是{p}吗？" if zh else f"Is the largest thing{where} a {p}?"
-        out.append({"type": "is", "q": q, "a": _yes(right, lang)})
-        points = shop.like_points(thing["colour"], thing["shape"], sign)
-        liked = row["meta"].get("likes") or shop.likes(points, random)
-        q = f"{where}点赞超过1000吗？" if zh else f"More than 1000 likes{where}?"
-        out.append({"type": "likes", "q": q, "a": _yes(liked > 1000, lang)})
-    for (i, a), (j, b) in itertools.combinations(enumerate(t["things"][0] for t in truths), 2):
-        for key in ("colour", "shape", "material"):
-            q = (f"图{i + 1}和图{j + 1}里最大的东西{say(key, lang)}相同吗？" if zh
-                 else f"Has the largest thing in pictures {i + 1} and {j + 1} the same {key}?")  # fmt: skip
+    """What may be asked after a row's own question, so that its pictures are learnt from whatever the answer was: up
+    to five questions about single pictures; where there are several, one or two, and up to five that compare them."""
+    truths, zh = row["meta"]["truths"], lang == "zh"
+    single = [t for i, truth in enumerate(truths) for t in _about(row, truth, i, lang, random)]
+    if ugly := row["meta"].get("ugly"):
+        single.append({"type": "ugly", "q": "评论说什么丑？" if zh else "What does the comment call ugly?",
+                       "a": phrase(ugly[0], ugly[1], lang)})  # fmt: skip
+    compared: list[Turn] = []
+    if len(truths) > 1 and "kind" not in row["meta"]:  # the largest things of a series are the same
+        compared = compare([t["things"][0] for t in truths], lang)
+    few = (1, 3) if compared else (3, 6)
+    turns = [pool[i] for pool, n in ((compared, (3, 6)), (single, few))
+             for i in random.permutation(len(pool))[: random.integers(*n)]]  # fmt: skip
+    return [turns[i] for i in random.permutation(len(turns))]
+
+
+def _about(row: dict[str, Any], truth: dict, i: int, lang: str, random: np.random.Generator) -> list[Turn]:
+    """Of picture `i`: what it shows, whether that is a certain thing, is liked, has a sign."""
+    zh, thing, sign = lang == "zh", truth["things"][0], bool(truth["signs"])
+    where = (f"图{i + 1}里" if zh else f" in picture {i + 1}") if len(row["images"]) > 1 else ""
+    pair, right = (thing["colour"], thing["shape"]), random.random() < 0.5
+    if not right:
+        pair, _ = change_one(random, pair, "", str(random.choice(["colour", "shape"])))
+    p = phrase(*pair, lang)
+    liked = row["meta"].get("likes") or shop.likes(shop.like_points(thing["colour"], thing["shape"], sign), random)
+    asked = (
+        ("what", f"{where}最大的东西是什么？" if zh else f"What is the largest thing{where}?", unsized(thing, lang)),
+        ("sign", f"{where}有牌子吗？" if zh else f"Is there a sign{where}?", _yes(sign, lang)),
+        ("is", f"{where}最大的东西是{p}吗？" if zh else f"Is the largest thing{where} a {p}?", _yes(right, lang)),
+        ("likes", f"{where}点赞超过1000吗？" if zh else f"More than 1000 likes{where}?", _yes(liked > 1000, lang)),
+    )
+    return [{"type": kind, "q": q, "a": answer} for kind, q, answer in asked]
+
+
+def compare(things: Sequence[dict], lang: str) -> list[Turn]:
+    """Of the largest things of pictures: every attribute in each, and what those of two have in common and what not.
+    Most want words for an answer: from yes and no alone a small model hardly learns to compare."""
+    zh, keys = lang == "zh", ("colour", "shape", "material")
+    comma, none = "、" if zh else ", ", say("none", lang)
+    out: list[Turn] = []
+    if len(things) > 2:
+        for key in keys:
+            q = f"每张图里最大的东西是什么{say(key, lang)}？" if zh else f"What {key} is the largest thing in each?"
+            out.append({"type": "each", "q": q, "a": comma.join(say(t[key], lang) for t in things)})
+            q = (f"哪些图里最大的东西和图1的{say(key, lang)}相同？" if zh
+                 else f"In which pictures has the largest thing the same {key} as in picture 1?")  # fmt: skip
+            as_first = [str(i + 1) for i, t in enumerate(things) if i and t[key] == things[0][key]]
+            out.append({"type": "like the first", "q": q, "a": comma.join(as_first) or none})
+    for (i, a), (j, b) in itertools.combinations(enumerate(things), 2):
+        of = f"图{i + 1}和图{j + 1}里最大的东西" if zh else f"the largest things in pictures {i + 1} and {j + 1}"
+        if len(things) == 2:
+            of = "两张图" if zh else "the two pictures"
+        common = [say(a[k], lang) for k in keys if a[k] == b[k]]
+        apart = [f"{say(a[k], lang)} {say(b[k], lang)}" for k in keys if a[k] != b[k]]
+        out.append({"type": "common", "q": f"{of}有什么相同？" if zh else f"What do {of} have in common?",
+                    "a": comma.join(common) or none})  # fmt: skip
+        out.append({"type": "apart", "q": f"{of}有什么不同？" if zh else f"What differs between {of}?",
+                    "a": comma.join(apart) or none})  # fmt: skip
+        for key in keys:
+            q = f"{of}{say(key, lang)}相同吗？" if zh else f"Have {of} the same {key}?"
             out.append({"type": "same", "q": q, "a": _yes(a[key] == b[key], lang)})
-    return [out[i] for i in random.permutation(len(out))][: int(random.integers(4, 9))]
+    return out
 
 
 MAKERS: dict[str, Callable] = dict(

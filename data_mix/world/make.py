@@ -33,7 +33,7 @@ from mm.common.seeds import rng
 
 SPLITS = ("seen", "unseen")
 ALONE = {task: f"shop_{task.lower()}" for task in kc.TASKS if task != "CPV"}  # what is asked without follow-ups too
-TEXTS = ("text", "text_chat", "told", "told_ask", "told_task")  # no media of their own
+TEXTS = ("text", "text_chat", "verdicts", "told", "told_ask", "told_compare", "told_task", "told_shop")  # no media
 SOURCES = (*stills.FAMILIES, "regions", "tracks", "video_caption", "video_qa", "motion", "reorder", "shop",
            *ALONE.values(), *TEXTS)  # fmt: skip
 
@@ -50,9 +50,12 @@ class WorldSize:
     shop: dict[str, int]
     text: int
     text_chat: int
+    verdicts: int
     told: int
     told_ask: int
+    told_compare: int
     told_task: int
+    told_shop: int
     items: int
     users: int
     rows: int
@@ -79,11 +82,11 @@ def _shop(n: int) -> dict[str, int]:
 
 
 WORLD_SIZES = {
-    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 9, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
-    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 6000, 3000, 4000, 240, 300, 130, 250, 100,
-                      160),
-    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 18000, 9000, 12000, 720, 900, 260, 500,
-                      200, 200, {"reorder": 900, "motion": 900}),
+    "micro": WorldSize(12, 6, _families(40), _shop(3), 40, 12, 9, 9, 9, 9, 9, 9, 6, 4, 6, 6, 2, 3, {"reorder": 6}),
+    "tiny": WorldSize(1600, 3000, _families(5000), _shop(320), 3000, 9000, 700, 6000, 3000, 6000, 4000, 2400, 240,
+                      300, 130, 250, 100, 160),
+    "full": WorldSize(4800, 9000, _families(15000), _shop(960), 9000, 27000, 2100, 18000, 9000, 18000, 12000, 7200,
+                      720, 900, 260, 500, 200, 200, {"reorder": 900, "motion": 900}),
 }  # fmt: skip
 
 
@@ -107,8 +110,9 @@ def work(job: tuple) -> Any:
         return kc.kc_row(seed, *a)
     if kind == "item":
         return shop.make_item(seed, *a)
-    make = {"text": documents.document, "text_chat": documents.chat, "told": told.told, "told_ask": told.told_ask,
-            "told_task": told.told_task}[kind]
+    make = {"text": documents.document, "text_chat": documents.chat, "verdicts": documents.verdicts,
+            "told": told.told, "told_ask": told.told_ask, "told_compare": told.told_compare,
+            "told_task": told.told_task, "told_shop": told.told_shop}[kind]
     return [make(seed, i) for i in range(*a)]
 
 
@@ -300,7 +304,7 @@ class _World:
     def _shop_sample(self, task: str, number: int, row: dict) -> None:
         media = {f"{i}.jpg": j for i, j in enumerate(row["images"])}
         parts = [{"type": "image", "image": name} for name in media]
-        asked = {"type": task, "q": row["question"], "a": row["answer"]}
+        asked = {"type": task, "q": row["question"], "a": row["reply"]}
         more = kc.follow_ups(row, row["lang"], rng(self.seed, "shop", task, number))
         talks = {"shop": [asked, *more], **({ALONE[task]: [asked]} if task in ALONE else {})}
         for source, turns in talks.items():

@@ -14,14 +14,16 @@ from data_mix.world import kc, stills, tasks, text
 from data_mix.world.motion import clip_scene
 from data_mix.world.stills import Sample
 from data_mix.world.truth import Outline, brief, truth_of
-from data_mix.world.words import COLOUR_SHAPE, say
+from data_mix.world.words import COLOUR_SHAPE, MATERIALS, say
 from mm.common.seeds import rng
 
 # Samples of each kind: those of stage 2, without places, which no word tells.
 SHARES = {
-    "caption": 0.15, "ocr": 0.13, "counting": 0.15, "vqa": 0.09, "interleaved": 0.05, "video_caption": 0.15,
-    "video_qa": 0.1, "shop": 0.18,
+    "caption": 0.18, "ocr": 0.16, "counting": 0.18, "vqa": 0.11, "interleaved": 0.06, "video_caption": 0.18,
+    "video_qa": 0.13,
 }  # fmt: skip
+# Rows of each KC task: what compares pictures takes longest.
+SHOP = {"CPV": 0.08, "Video_Topic": 0.2, "Video_Order": 0.24, "PornComment": 0.16, "High_like": 0.12, "SPU": 0.2}
 ABSENT = 0.6  # of the things in a list, for how many a near miss is listed too
 SHOWN = 4  # frames of a clip beside a list: their words would crowd out the list's
 
@@ -60,12 +62,39 @@ def told_ask(seed: int, index: int) -> Sample:
                    [in_boxes(truth, [0])], [truth])  # fmt: skip
 
 
+def told_compare(seed: int, index: int) -> Sample:
+    """Two pictures of one thing each, and everything that compares them."""
+    random = rng(seed, "told compare", index)
+    lang = tasks.language(random)
+    first = (stills.any_pair(random), str(random.choice(MATERIALS)))
+    shots = [kc.item(picture, random, *thing) for thing in (first, _near(random, *first))]
+    one, two = (truth["things"][0] for _, truth in shots)
+    q = "两张图是同款商品吗？" if lang == "zh" else "Are the two pictures of the same product?"
+    same = "yes" if all(one[k] == two[k] for k in ("colour", "shape", "material")) else "no"
+    turns = [*kc.compare([one, two], lang), {"type": "product", "q": q, "a": say(same, lang)}]
+    turns = [turns[i] for i in random.permutation(len(turns))]
+    parts = [{"type": "image", "image": f"{i}.jpg"} for i in range(len(shots))]
+    return _sample(stills.conversation(parts, turns, "compare", {"lang": lang}), [said for said, _ in shots],
+                   [truth for _, truth in shots])  # fmt: skip
+
+
+def _near(random: np.random.Generator, pair: stills.Pair, material: str) -> tuple[stills.Pair, str]:
+    """The same thing, one with one attribute changed, or one where each is the same half the time."""
+    kind = random.integers(4)
+    if kind == 0:
+        return pair, material
+    if kind == 1:
+        return stills.change_one(random, pair, material, str(random.choice(["colour", "shape", "material"])))
+    colour, shape, stuff = random.random(3) < 0.5
+    pool = [p for p in COLOUR_SHAPE if (p[0] == pair[0]) == colour and (p[1] == pair[1]) == shape]
+    others = [material] if stuff else [m for m in MATERIALS if m != material]
+    return stills.any_pair(random, pairs=pool), str(random.choice(others))
+
+
 def told_task(seed: int, index: int) -> Sample:
-    """A conversation of stage 2 about told pictures."""
+    """A conversation of stage 2 about told pictures, but for the shop's."""
     random = rng(seed, "told task", index)
     family, lang = str(random.choice(list(SHARES), p=list(SHARES.values()))), tasks.language(random)
-    if family == "shop":
-        return _shop(random)
     if family in ("video_caption", "video_qa"):
         truth = _clip(random)
         said = in_boxes(truth, list(range(len(truth["times"]))))
@@ -78,11 +107,13 @@ def told_task(seed: int, index: int) -> Sample:
     )
 
 
-def _shop(random: np.random.Generator) -> Sample:
+def told_shop(seed: int, index: int) -> Sample:
+    """A row of the shop's tasks about told pictures, and what is asked after it."""
+    random = rng(seed, "told shop", index)
     lang = "zh" if random.random() < 0.5 else "en"
-    task = kc.TASKS[int(random.integers(len(kc.TASKS)))]
+    task = str(random.choice(list(SHOP), p=list(SHOP.values())))
     row = kc.MAKERS[task](picture, random, lang, COLOUR_SHAPE, int(random.integers(12)))
-    turns = [{"type": task, "q": row["question"], "a": row["answer"]}, *kc.follow_ups(row, lang, random)]
+    turns = [{"type": task, "q": row["question"], "a": row["reply"]}, *kc.follow_ups(row, lang, random)]
     parts = [{"type": "image", "image": f"{i}.jpg"} for i in range(len(row["images"]))]
     return _sample(stills.conversation(parts, turns, "shop", {"lang": lang}), row["images"], row["meta"]["truths"])
 

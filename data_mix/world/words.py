@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-VERSION = "12"
+VERSION = "16"
 LANGUAGES = ("en", "zh")
 
 SHAPES = ("ball", "cube", "cone", "star", "ring", "cross")
@@ -21,8 +21,8 @@ ZH = {
     "wood": "木头", "metal": "金属", "glass": "玻璃", "rubber": "橡胶", "small": "小", "large": "大",
     "slides left": "向左滑", "slides right": "向右滑", "rises": "上升", "falls": "落下", "bounces": "弹跳",
     "splits": "分裂", "vanishes": "消失", "yes": "是", "no": "否", "left": "左边", "right": "右边",
-    "top": "上面", "bottom": "下面", "same": "相同", "different": "不同", "colour": "颜色", "shape": "形状",
-    "material": "材料", "size": "大小", "none": "没有", "both": "都是",
+    "middle": "中间", "top": "上面", "bottom": "下面", "same": "相同", "different": "不同", "colour": "颜色",
+    "shape": "形状", "material": "材料", "size": "大小", "none": "没有", "both": "都是",
 }  # fmt: skip
 
 # How each colour is lit: sRGB of the thing in plain light.

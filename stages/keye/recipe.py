@@ -1,9 +1,9 @@
 """Keye-VL's recipe as a pipeline, and the commands that run, show and plan it.
 
-    world -> tokenizer -> text -> told, words -> s0_vit -> s1_align -> s2_multitask (-> s2_practice, in long runs)
-          -> s3_anneal_image, s3_anneal_video -> s3_merge -> eval
+    world -> tokenizer -> text -> told -> told_compare -> told_tasks, words -> s0_vit -> s1_align -> s2_multitask
+          (-> s2_practice, in long runs) -> s3_anneal_image, s3_anneal_video -> s3_merge -> eval
 
-At small and 8b `world`, `tokenizer`, `text`, `told`, `words` and `s2_practice` fall away: data come from --data, the
+At small and 8b `world`, `tokenizer`, `text`, `told*`, `words` and `s2_practice` fall away: data come from --data, the
 decoder from --qwen3, the tower from --siglip.
 """
 
@@ -41,19 +41,23 @@ from stages.pipeline import Node, Pipeline, latest_run
 from stages.stage import FREE, Stage
 
 STAGES: dict[str, Callable[[str], Stage]] = {
-    "keye.words": words.stage,  # towers before decoders: the report's graph then has each road in one row
+    "keye.words": words.stage,  # towers before decoders: the road above, in the report's graph, that waits
     "keye.text": text.stage,
     "keye.s0_vit": s0_vit.stage,
     "keye.told": told.stage,
+    "keye.told_compare": partial(told.stage, part="told_compare"),
+    "keye.told_tasks": partial(told.stage, part="told_tasks"),
     "keye.s1_align": s1_align.stage,
     "keye.s2_multitask": s2_multitask.stage,
     "keye.s2_practice": s2_practice.stage,
     "keye.s3_anneal_image": partial(s3_anneal.stage, mixture="image"),
     "keye.s3_anneal_video": partial(s3_anneal.stage, mixture="video"),
 }
-TINY_ONLY = ("keye.text", "keye.told", "keye.words", "keye.s2_practice")
+TINY_ONLY = ("keye.text", *(n for n in STAGES if n.startswith("keye.told")), "keye.words", "keye.s2_practice")
 LONG = 2  # from this --scale on, a run has the larger world, and s2_practice: there s2 has taught what that builds on
-ENDS = {"text": "text", "told": "told", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge"}
+ENDS = {
+    "text": "text", "told": "told_tasks", "s0": "s0_vit", "s1": "s1_align", "s2": "s2_multitask", "s3": "s3_merge",
+}  # fmt: skip
 ANNEALED = ("s3_anneal_image", "s3_anneal_video")
 SCORED = ("s1", "s2", "s3")  # what can answer questions
 GIVEN = {"world": "world.json", "qwen3": "config.json", "siglip": "config.json"}  # option -> what its folder holds

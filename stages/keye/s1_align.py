@@ -8,10 +8,10 @@ data, 8,192 tokens, data parallel with ZeRO-2. Not published, so ours: learning 
 the second matrix starts small, so that pictures begin no louder than words.
 
 Against the publication, at tiny no caption is learnt. There the decoder can read pictures told in words
-(`keye.told`), so what the projector ought to give is known at every place of a picture whose regions are named: what
-the same picture, told, gives (`mm/told.py: Aligned`). Learning that takes a minute, and hands on at once what the
-decoder does with told pictures. It learns to tell words from their rivals more than to be near what is told: by
-distance alone, in single trials, it took that no picture shows a red cube for a sign that nothing red is one
+(`stages/keye/told.py`), so what the projector ought to give is known at every place of a picture whose regions are
+named: what the same picture, told, gives (`mm/told.py: Aligned`). Learning that takes a minute, and hands on at once
+what the decoder does with told pictures. It learns to tell words from their rivals more than to be near what is told:
+by distance alone, in single trials, it took that no picture shows a red cube for a sign that nothing red is one
 (`benchmarks/projector.py` sets the two, and captions, against each other).
 """
 
@@ -38,7 +38,7 @@ def stage(size: str) -> Stage:
     tiny = size == "tiny"
     return Stage(
         name="keye.s1_align", size=size, doc=__doc__, model=SIZES[size],
-        start=["told" if tiny else "qwen3", "s0_vit"],
+        start=["told_tasks" if tiny else "qwen3", "s0_vit"],
         train={"mlp_AR.*": 1.0},
         mix=NAMED if tiny else MIX,
         objective=ObjectiveSpec("told_features" if tiny else "next_token"),

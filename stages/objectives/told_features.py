@@ -14,8 +14,9 @@ from stages.stage import Budget
 
 class ToldFeatures(Words):
     """Means over the visual tokens of the whole step of `mm.told.Aligned.region_losses`; the loss is words +
-    `distance` * distance. A decoder that has learnt to read told pictures (`keye.told`) then reads real ones, as far
-    as the tower knows the words (`benchmarks/projector.py` sets this against distance alone, and captions)."""
+    `distance` * distance. A decoder that has learnt to read told pictures (`keye.told_tasks`) then reads real
+    ones, as far as the tower knows the words (`benchmarks/projector.py` sets this against distance alone, and
+    captions)."""
 
     def __init__(self, words: float = 1.0, distance: float = 0.02):
         self.loss_weights = checked("told_features", words=words, distance=distance)

@@ -1,5 +1,7 @@
 """Told pictures as data: what the world tells, how packs carry it, and that shown and told are never mixed up."""
 
+import itertools
+import re
 import shutil
 from collections import Counter
 
@@ -14,7 +16,8 @@ from data_mix.regions import in_patches, regions_of
 from data_mix.shards import ShardWriter
 from data_mix.stats import stats
 from data_mix.view import CELL, view, written
-from data_mix.world.told import SHARES, told, told_ask, told_task
+from data_mix.world import kc
+from data_mix.world.told import SHARES, told, told_ask, told_compare, told_shop, told_task
 from data_mix.world.words import COLOUR_SHAPE, MOTIONS
 from mm.common.errors import BadSample, UserError
 from mm.sizes import PROCESSORS, SIZES
@@ -96,14 +99,14 @@ def test_the_order_of_moving_is_the_scenes():
 def test_tasks_of_every_kind_are_told_whole():
     """Each picture has its words and its size, and nothing else is needed to make tensors of it."""
     kinds = Counter()
-    for i in range(200):
-        sample = told_task(3, i)
-        kinds[sample["family"]] += 1
+    for make, i in itertools.product((told_task, told_shop), range(150)):
+        sample = make(3, i)
+        kinds[sample["family"] if make is told_task else sample["meta"]["types"][0]] += 1
         named = [p[p["type"]] for m in sample["messages"] if isinstance(m["content"], list) for p in m["content"]
                  if p["type"] != "text"]  # fmt: skip
         assert set(named) == sample["told"].keys() == sample["media"].keys() and names_of(sample)
-        assert told_task(3, i) == sample
-    assert kinds.keys() == SHARES.keys()
+        assert make(3, i) == sample
+    assert kinds.keys() == {*SHARES, *kc.TASKS}
 
 
 def test_what_is_asked_can_be_read_off_what_is_told_and_not_off_what_was_said():
@@ -126,6 +129,27 @@ def test_what_is_asked_can_be_read_off_what_is_told_and_not_off_what_was_said():
     assert min(kinds.values()) > 15 and len(kinds) == 6, kinds
 
 
+def test_what_two_pictures_have_in_common_can_be_read_off_what_is_told():
+    """What is named as common stands in both pictures, what differs in one each; no pair that training holds out is
+    told, and an attribute is the same in about two of three."""
+    same = Counter()
+    for sample in (told_compare(3, i) for i in range(200)):
+        first, second = (set(n.split(" ")) for told in sample["told"].values() for n in [regions_of(told)[0].phrase])
+        assert {(n.split(" ")[0], n.split(" ")[2]) for n in names_of(sample)} <= set(COLOUR_SHAPE)
+        if sample["meta"]["lang"] != "en":
+            continue
+        turns = [m["content"] for m in sample["messages"]]
+        turns[0] = turns[0][-1]["text"]
+        asked = dict(zip(turns[::2], turns[1::2], strict=True))
+        assert set(asked["What do the two pictures have in common?"].split(", ")) == (first & second or {"none"})
+        assert set(re.split(", | ", asked["What differs between the two pictures?"])) == (first ^ second or {"none"})
+        assert (asked["Are the two pictures of the same product?"] == "yes") == (first == second)
+        said = [asked[f"Have the two pictures the same {key}?"] == "yes" for key in ("colour", "shape", "material")]
+        assert sum(said) == len(first & second) and len(asked) == 6
+        same.update(said)
+    assert 0.55 < same[True] / same.total() < 0.75
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("told") / "told"
@@ -135,6 +159,7 @@ def source(tmp_path_factory):
     with ShardWriter(folder.with_name("task"), "task") as w:
         for i in range(12):
             w.write(f"task{i}", told_task(3, i), {})
+            w.write(f"shop{i}", told_shop(3, i), {})
     return folder
 
 

@@ -97,7 +97,7 @@ def untaught(micro_world, tmp_path_factory):
     tokenizer = Tokenizer.train(texts, 512)
     towers = s0_vit.stage("tiny").model
     keye = Keye(SIZES["tiny"].bound(tokenizer))
-    models = {"told": keye, "s0_vit": ContrastiveModel(VisionTower(towers.vision), TextTower(towers.text))}
+    models = {"told_tasks": keye, "s0_vit": ContrastiveModel(VisionTower(towers.vision), TextTower(towers.text))}
     for name, model in models.items():
         model.init_weights(0)
         formats.save(made / name / "model", model, PROCESSORS["tiny"], tokenizer)
@@ -122,11 +122,11 @@ def test_projectors_are_taught_and_asked_alike(untaught, tmp_path, monkeypatch):
 def test_who_is_to_blame_is_asked_of_what_is_told_whole(untaught, tmp_path, monkeypatch):
     monkeypatch.setattr(blame, "TASKS", ("caption_shape", "SPU"))
     got = figures(blame, tmp_path, "--run", untaught, "--limit", 1)
-    assert [(r["model"], r["shown"]) for r in got["runs"]] == [("told", "told")]
+    assert [(r["model"], r["shown"]) for r in got["runs"]] == [("told_tasks", "told")]
     assert all({v["n"] for v in r["values"].values()} == {1} for r in got["runs"])
     with pytest.raises(UserError, match="no model of s2_multitask"):
         blame.main(["--run", str(untaught), "--models", "s2_multitask"])
-    listener, root = blame.Listener(untaught / "told" / "model"), untaught / "world" / "world"
+    listener, root = blame.Listener(untaught / "told_tasks" / "model"), untaught / "world" / "world"
     path = sorted((root / "clips" / "test").glob("*.mp4"))[0]
     frames, plan = listener.media.load(root, {"type": "video", "video": str(path.relative_to(root))})
     truth = json.loads(path.with_suffix(".json").read_text())

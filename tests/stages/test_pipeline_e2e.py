@@ -13,9 +13,9 @@ from mm.processor import Processor
 from mm.sizes import PROCESSORS
 from stages.engine.log import lineage
 
-NODES = ("tokenizer", "text", "told", "words", "s0_vit", "s1_align", "s2_multitask", "s3_anneal_image",
-         "s3_anneal_video", "s3_merge", "eval")  # fmt: skip
-SMALL = [f"--set={s}.budget.{k}={v}" for s in NODES[5:9] for k, v in (("tokens", 768), ("visual_tokens", 576))]
+NODES = ("tokenizer", "text", "told", "told_compare", "told_tasks", "words", "s0_vit", "s1_align", "s2_multitask",
+         "s3_anneal_image", "s3_anneal_video", "s3_merge", "eval")  # fmt: skip
+SMALL = [f"--set={s}.budget.{k}={v}" for s in NODES[7:11] for k, v in (("tokens", 768), ("visual_tokens", 576))]
 
 
 def mm(*arguments, interrupt_at=None, seconds=120):
@@ -74,4 +74,4 @@ def test_interrupted_called_again_and_up_to_date(micro_world, tmp_path):
     code, said = mm(*command)
     assert code == 0 and all(f"{name}: up to date" in said for name in NODES), said
     assert "running" not in said and "going on" not in said
-    assert made == {p: p.stat().st_mtime_ns for p in run.glob("*/model/model.safetensors")} and len(made) == 9
+    assert made == {p: p.stat().st_mtime_ns for p in run.glob("*/model/model.safetensors")} and len(made) == 11
