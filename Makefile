@@ -1,4 +1,4 @@
-# make quickstart   install, train the four stages at tiny size, evaluate, write the report   (44 minutes on two old cores; meant: 15)
+# make quickstart   install, train the four stages at tiny size, evaluate, write the report   (44 minutes on two old cores before `told_compare`; meant: 15)
 # make full         the same, longer, and comparing practised before stage 3                (52 minutes with bf16 before `told`)
 # make test         install, lint, type-check, fast tests          make test-slow   the long truths
 SHELL := /bin/bash

@@ -128,8 +128,8 @@ def document(seed: int, index: int) -> dict[str, Any]:
 
 def verdicts(seed: int, index: int) -> dict[str, Any]:
     """{"role": "text"}: nothing but replies to rows of KC-MMBench's shape that compare or put in order. Conversations
-    hold one such verdict in a hundred words; from those few a small model hardly learns that two words are the same,
-    or which number is the least."""
+    hold few of these among many other words; in single trials a small model hardly learnt from those few that two
+    words are the same, or which number is the least."""
     random = rng(seed, "text", f"verdicts-{index:06d}")
     lang = "zh" if random.random() < 0.5 else "en"
     task = str(random.choice(["Video_Topic", "Video_Order"]))

@@ -258,7 +258,7 @@ def _about(row: dict[str, Any], truth: dict, i: int, lang: str, random: np.rando
 
 def compare(things: Sequence[dict], lang: str) -> list[Turn]:
     """Of the largest things of pictures: every attribute in each, and what those of two have in common and what not.
-    Most want words for an answer: from yes and no alone a small model hardly learns to compare."""
+    Most want words for an answer: in single trials no model learnt to compare from yes and no alone."""
     zh, keys = lang == "zh", ("colour", "shape", "material")
     comma, none = "、" if zh else ", ", say("none", lang)
     out: list[Turn] = []
