@@ -22,7 +22,8 @@ _MIX = {
 }  # fmt: skip
 _TINY = {
     "vit_pairs": 0.02, "caption": 0.06, "ocr": 0.06, "grounding": 0.015, "counting": 0.1, "vqa": 0.06,
-    "interleaved": 0.03, "video_caption": 0.2, "video_qa": 0.16, "reorder": 0.005, "shop": 0.23, "text_chat": 0.06,
+    "interleaved": 0.03, "video_caption": 0.2, "video_qa": 0.16, "reorder": 0.005, "shop": 0.23, "text_chat": 0.03,
+    "verdicts": 0.03,
 }  # fmt: skip
 MIX = {"tiny": _TINY, "small": _MIX, "8b": _MIX}
 BUDGETS = {

@@ -26,7 +26,7 @@ IMAGE = {
     "small": _IMAGE, "8b": _IMAGE,
 }  # fmt: skip
 VIDEO = {"video_caption": 0.3, "video_qa": 0.64, "reorder": 0.06}
-TEXT = {"text_chat": 1.0}
+TEXT = {"tiny": {"text_chat": 0.75, "verdicts": 0.25}, "small": {"text_chat": 1.0}, "8b": {"text_chat": 1.0}}
 # Shares of tokens of pictures, video and text.
 MIXTURES = {"image": (0.70, 0.18, 0.12), "video": (0.46, 0.42, 0.12)}
 BUDGETS = {
@@ -43,7 +43,7 @@ OPTIM = {
 
 
 def stage(size: str, mixture: str = "image") -> Stage:
-    kinds = zip(MIXTURES[mixture], (IMAGE[size], VIDEO, TEXT), strict=True)
+    kinds = zip(MIXTURES[mixture], (IMAGE[size], VIDEO, TEXT[size]), strict=True)
     return Stage(
         name=f"keye.s3_anneal_{mixture}", size=size, doc=__doc__, model=SIZES[size],
         start=["s2_multitask"],  # in long runs at tiny: s2_practice (stages/keye/recipe.py)
